@@ -1,0 +1,16 @@
+"""Rotated tensor parallelism for PyTorch: the memory of 1/N, and exactly DDP's results."""
+
+from rtp_wrap.lockstep import OutOfStepError
+from rtp_wrap.policy import Gather, Ignore, Replicate, Rotate, ShardingPolicy
+from rtp_wrap.wrapper import RotatedTensorParallel
+
+__all__ = [
+    "Gather",
+    "Ignore",
+    "OutOfStepError",
+    "Replicate",
+    "Rotate",
+    "RotatedTensorParallel",
+    "ShardingPolicy",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,199 @@
+"""Gathered parameters: whole for the forward of their module, whole again for its backward.
+
+What autograd would save of a gathered weight (the weight, a view of it, autocast's copy of it) is
+replaced by a note of how to make it again. Otherwise all gathered weights would be alive
+together after the forward, which is what sharding is to avoid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Partial
+
+from rtp_wrap.ring import Ring, resolve
+from rtp_wrap.written import WriteCheck
+
+
+def gather(parameter: DTensor, ring: Ring, fqn: str) -> torch.Tensor:
+    """The whole parameter as a plain tensor; its gradient is averaged and sharded again.
+
+    All ranks of the ring must call it together, and run its backward together.
+    """
+    if torch.is_grad_enabled() and parameter.requires_grad:
+        whole: torch.Tensor = _Gather.apply(parameter, ring.key, fqn)
+        return whole
+    return _whole(parameter, ring, f"{fqn} gather")
+
+
+def _whole(parameter: DTensor, ring: Ring, event: str) -> torch.Tensor:
+    ring.begin(event)
+    with torch.no_grad():
+        whole: torch.Tensor = DTensor.full_tensor(parameter)
+        return whole
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parameter: DTensor, key: str, fqn: str) -> torch.Tensor:
+        ctx.ring, ctx.fqn, ctx.parameter = resolve(key), fqn, parameter
+        ctx.written = WriteCheck(parameter, fqn)
+        whole = _whole(parameter, ctx.ring, f"{fqn} gather")
+        # With one rank this is the home shard itself, which autograd must not mark as an output.
+        return whole.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{ctx.fqn}: double backward (create_graph=True) is not supported by sharded "
+                f"layers; Ignore() in the policy leaves a layer's parameters out"
+            )
+        ctx.written.check()
+        ring: Ring = ctx.ring
+        ring.begin(f"{ctx.fqn} reduce-scatter")
+        mesh, placements = ctx.parameter.device_mesh, ctx.parameter.placements
+        total = DTensor.from_local(grad.contiguous(), mesh, [Partial()], run_check=False)
+        summed: Any = total.redistribute(placements=placements)
+        return summed / ring.world_size, None, None
+
+
+PackHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
+
+
+class RegatherHooks(torch.autograd.graph.saved_tensors_hooks):
+    """Saved-tensor hooks around one module's forward; ``add`` tells them what was gathered.
+
+    Composed with the hooks around them (activation checkpointing and offloading are such), which
+    see every tensor but the gathered weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(self._pack, self._unpack)
+        self._gathered: list[Gathered] = []
+        # No public call returns the hooks in force. They are a stack of which only the top is
+        # asked, so without this the hooks around would miss everything that this module saves.
+        self._around: PackHooks | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+    def add(self, gathered: Gathered) -> None:
+        self._gathered.append(gathered)
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._gathered.clear()  # what was packed refers to these hooks, not to whole weights
+
+    def _pack(self, tensor: torch.Tensor) -> Any:
+        for gathered in self._gathered:
+            note = gathered.note(tensor)
+            if note is not None:
+                return note
+        if self._around is not None:
+            return self._around[0](tensor)
+        # Detached: a node that kept its own output would keep itself alive. The version is
+        # compared when it is unpacked, as torch does where there are no hooks.
+        return _Kept(tensor.detach(), tensor._version)
+
+    def _unpack(self, packed: Any) -> torch.Tensor:
+        if isinstance(packed, _Note | _Kept):
+            return packed.unpack()
+        assert self._around is not None
+        return self._around[1](packed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A tensor that is saved as it is."""
+
+    tensor: torch.Tensor
+    version: int
+
+    def unpack(self) -> torch.Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(self.tensor.shape)} that the gradient needs was "
+                f"modified by an in-place operation (version {self.tensor._version}, saved at "
+                f"{self.version})"
+            )
+        return self.tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Note:
+    """How to make a saved tensor again: gather, cast, take a view."""
+
+    parameter: DTensor
+    ring: Ring
+    fqn: str
+    written: WriteCheck
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def unpack(self) -> torch.Tensor:
+        self.written.check()
+        ring = self.ring
+        if ring.regathered is None or ring.regathered[0] is not self.parameter:
+            whole = _whole(self.parameter, ring, f"{self.fqn} gather for backward")
+            ring.regathered = self.parameter, whole
+        whole = ring.regathered[1]
+        return whole.to(self.dtype).as_strided(self.size, self.stride, self.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class Gathered:
+    """A gathered parameter while its module computes."""
+
+    parameter: DTensor
+    whole: torch.Tensor
+    ring: Ring
+    fqn: str
+
+    def note(self, tensor: torch.Tensor) -> _Note | None:
+        """A note for ``tensor`` if it is this weight, a view of it, or a (view of a) cast of it."""
+        base = tensor._base if tensor._is_view() else tensor
+        if tensor.dtype == self.whole.dtype:
+            offset = _offset(tensor, self.whole)
+        elif base is not None and self._is_cast(base):
+            offset = _offset(tensor, base)
+        else:
+            offset = None
+        if offset is None:
+            return None
+        return _Note(
+            self.parameter,
+            self.ring,
+            self.fqn,
+            WriteCheck(self.parameter, self.fqn),
+            tensor.dtype,
+            tuple(tensor.shape),
+            tensor.stride(),
+            offset,
+        )
+
+    def _is_cast(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` is ``whole.to(another dtype)``: autocast makes such copies."""
+        node = tensor.grad_fn
+        return (
+            node is not None
+            and node.name() == "ToCopyBackward0"
+            and node.next_functions[0][0] is self.whole.grad_fn
+            and tensor.stride() == self.whole.stride()
+        )
+
+
+def _offset(tensor: torch.Tensor, whole: torch.Tensor) -> int | None:
+    """Where in ``whole`` (elements) ``tensor`` begins, if all of it lies in there.
+
+    Addresses, not storages, are compared: cuDNN puts all weights of an LSTM into one storage.
+    """
+    if not tensor.numel() or tensor.device != whole.device or not whole.is_contiguous():
+        return None
+    start = tensor.data_ptr() - whole.data_ptr()
+    reach = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if start < 0 or start + (reach + 1) * tensor.itemsize > whole.nbytes:
+        return None
+    return start // tensor.itemsize

@@ -1,0 +1,90 @@
+"""Home shards: where the parameters of a wrapped model live, and how they get there.
+
+Rank 0's values reach the other ranks piece by piece through one small buffer on the device, and
+each rank keeps what it owns. No rank has a whole sharded parameter on the device at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Replicate as ReplicatePlacement
+
+from rtp_wrap.policy import Gather, Rotate, Strategy
+from rtp_wrap.ring import Ring, register
+from rtp_wrap.shard import contiguous_stride, extent
+
+#: The size of a piece of a parameter on its way to its owner, in bytes.
+PIECE_BYTES = 16 << 20
+
+
+def settle(parameter: nn.Parameter, home: Strategy, ring: Ring) -> nn.Parameter:
+    """The DTensor parameter that holds this rank's part of rank 0's ``parameter``.
+
+    Sharded along ``home.dim`` for ``Rotate`` and ``Gather`` (ranges of ``torch.chunk``), else
+    replicated. dtype, ``requires_grad`` and attributes are kept; values come from rank 0.
+    """
+    whole = parameter.detach()
+    shape = whole.shape
+    dim = home.dim if isinstance(home, Rotate | Gather) else None
+    start, stop = (0, 0) if dim is None else extent(shape[dim], ring.world_size, ring.rank)
+    local_shape = list(shape)
+    if dim is not None:
+        local_shape[dim] = stop - start
+    local = torch.empty(local_shape, dtype=whole.dtype, device=ring.device)
+    # Cut along dim 0, whatever is sharded: pieces are contiguous in rank 0's memory.
+    for at, piece in _pieces(whole, ring):
+        end = at + piece.shape[0]
+        if dim == 0:
+            low, high = max(at, start), min(end, stop)
+            if low < high:
+                local[low - start : high - start] = piece[low - at : high - at]
+        elif dim is None:
+            local.view(shape or 1)[at:end] = piece
+        else:
+            local[at:end] = piece.narrow(dim, start, stop - start)
+    dtensor = DTensor.from_local(
+        local,
+        ring.mesh,
+        [ReplicatePlacement() if dim is None else Shard(dim)],
+        run_check=False,
+        shape=shape,
+        stride=contiguous_stride(shape),
+    )
+    settled = nn.Parameter(dtensor, requires_grad=parameter.requires_grad)
+    vars(settled).update(vars(parameter))
+    register(settled, ring)
+    return settled
+
+
+def settle_buffer(buffer: torch.Tensor, ring: Ring) -> torch.Tensor:
+    """Rank 0's buffer, whole, on the ring's device."""
+    local = torch.empty_like(buffer, device=ring.device, memory_format=torch.contiguous_format)
+    flat = local.view(-1)
+    for at, piece in _pieces(buffer.detach().reshape(-1), ring):
+        flat[at : at + piece.shape[0]] = piece
+    return local
+
+
+def _pieces(whole: torch.Tensor, ring: Ring) -> Iterator[tuple[int, torch.Tensor]]:
+    """Rank 0's tensor on every rank, in pieces along dim 0, each with its offset."""
+    if whole.dim() == 0:
+        whole = whole.view(1)
+    if whole.numel() == 0:
+        return
+    source = dist.get_global_rank(ring.group, 0)
+    row_bytes = whole[0].numel() * whole.itemsize
+    rows = max(1, PIECE_BYTES // row_bytes)
+    for at in range(0, whole.shape[0], rows):
+        part = whole[at : at + rows]
+        piece = torch.empty(part.shape, dtype=part.dtype, device=ring.device)
+        if ring.rank == 0:
+            piece.copy_(part)
+        if ring.world_size > 1:
+            # As bytes: backends do not know every dtype that a parameter may have.
+            dist.broadcast(piece.view(-1).view(torch.uint8), source, group=ring.group)
+        yield at, piece

@@ -1,0 +1,188 @@
+"""From a model and a policy to one strategy for every parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from rtp_wrap.modules import is_rotatable
+from rtp_wrap.policy import Gather, Ignore, Match, Replicate, Rotate, ShardingPolicy, Strategy
+
+
+@dataclass(frozen=True)
+class Use:
+    """One name of a parameter: the module that registers it and what that module does with it."""
+
+    module_fqn: str
+    module: nn.Module
+    name: str
+    strategy: Strategy
+
+    @property
+    def fqn(self) -> str:
+        return f"{self.module_fqn}.{self.name}" if self.module_fqn else self.name
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """One parameter, all its uses (several when it is tied), and how it is kept at home.
+
+    ``home`` is ``Rotate`` or ``Gather`` for a sharded parameter (both mean 1/N along ``dim``).
+    ``rule`` says what chose it, for people.
+    """
+
+    parameter: nn.Parameter
+    uses: tuple[Use, ...]
+    home: Strategy
+    rule: str
+
+    @property
+    def fqn(self) -> str:
+        return self.uses[0].fqn
+
+
+def plan_parameters(model: nn.Module, policy: ShardingPolicy) -> list[ParameterPlan]:
+    """One plan per distinct parameter of ``model``, in registration order.
+
+    Raises ``ValueError`` for rules that match nothing, that ask to rotate only what has no rotated
+    form, that disagree about a tied parameter, or whose ``dim`` a parameter does not have.
+    """
+    rules = _Rules(model, policy)
+    parameters: dict[int, nn.Parameter] = {}
+    uses: dict[int, list[Use]] = {}
+    reasons: dict[int, str] = {}
+    for module_fqn, module in model.named_modules(remove_duplicate=True):
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            _check_parameter(module_fqn, name, parameter)
+            strategy, reason = rules.choose(module_fqn, module, name, parameter)
+            parameters.setdefault(id(parameter), parameter)
+            reasons.setdefault(id(parameter), reason)
+            uses.setdefault(id(parameter), []).append(Use(module_fqn, module, name, strategy))
+    rules.check_all_used()
+    return [_reconcile(parameter, uses[key], reasons[key]) for key, parameter in parameters.items()]
+
+
+def _check_parameter(module_fqn: str, name: str, parameter: nn.Parameter) -> None:
+    fqn = f"{module_fqn}.{name}".lstrip(".")
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        raise ValueError(f"{fqn} has no shape yet: run the lazy module once before wrapping")
+    if parameter.is_meta:
+        raise ValueError(f"{fqn} is on the meta device: give it values before wrapping")
+
+
+def _reconcile(parameter: nn.Parameter, uses: list[Use], rule: str) -> ParameterPlan:
+    """Settle what a tied parameter is at home, and what that leaves to each use."""
+    ignored = [use for use in uses if isinstance(use.strategy, Ignore)]
+    if ignored:
+        if len(ignored) < len(uses):
+            other = next(use for use in uses if not isinstance(use.strategy, Ignore))
+            raise ValueError(
+                f"{ignored[0].fqn} and {other.fqn} are one tied parameter, but a rule ignores only "
+                f"the first: name both in the Ignore rule, or neither"
+            )
+        return ParameterPlan(parameter, tuple(uses), Ignore(), rule)
+    sharded = [use for use in uses if isinstance(use.strategy, Rotate)] or [
+        use for use in uses if isinstance(use.strategy, Gather)
+    ]
+    if not sharded:
+        return ParameterPlan(parameter, tuple(uses), Replicate(), rule)
+    home = sharded[0].strategy
+    assert isinstance(home, Rotate | Gather)
+    if home.dim >= max(1, parameter.dim()):
+        raise ValueError(
+            f"{sharded[0].fqn} of shape {tuple(parameter.shape)} has no dim {home.dim} to shard: "
+            f"change the rule {rule}"
+        )
+    settled = tuple(
+        Use(
+            use.module_fqn,
+            use.module,
+            use.name,
+            Rotate(home.dim) if isinstance(use.strategy, Rotate) else Gather(home.dim),
+        )
+        for use in uses
+    )
+    return ParameterPlan(parameter, settled, home, rule)
+
+
+class _Rules:
+    """A policy's rules over one model, and the count of what each of them chose."""
+
+    def __init__(self, model: nn.Module, policy: ShardingPolicy) -> None:
+        self._policy = policy
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._fqns = list(self._modules) + [
+            name for name, _ in model.named_parameters(remove_duplicate=False)
+        ]
+        self._matched: dict[Match, list[str]] = {match: [] for match in policy.rules}
+        self._rotated: set[Match] = set()
+
+    def choose(
+        self, module_fqn: str, module: nn.Module, name: str, parameter: nn.Parameter
+    ) -> tuple[Strategy, str]:
+        fqn = f"{module_fqn}.{name}" if module_fqn else name
+        rotatable = is_rotatable(module, name)
+        for match, strategy in self._policy.rules.items():
+            if not self._matches(match, fqn, module_fqn):
+                continue
+            self._matched[match].append(fqn)
+            if isinstance(strategy, Rotate):
+                if not rotatable:
+                    break
+                self._rotated.add(match)
+            if isinstance(strategy, Gather) and parameter.dim() == 0:
+                break
+            return strategy, _name(match)
+        if parameter.dim() == 0:
+            return Replicate(), "scalar"
+        if parameter.numel() < self._policy.replicate_below:
+            return Replicate(), f"below {self._policy.replicate_below} elements"
+        return (Rotate(), "default") if rotatable else (Gather(), "default")
+
+    def _matches(self, match: Match, fqn: str, module_fqn: str) -> bool:
+        if isinstance(match, str) and fnmatchcase(fqn, match):
+            return True
+        for around in _enclosing(module_fqn):
+            module = self._modules[around]
+            if isinstance(match, str):
+                if fnmatchcase(around, match):
+                    return True
+            elif isinstance(match, type):
+                if isinstance(module, match):
+                    return True
+            elif match(around, module):
+                return True
+        return False
+
+    def check_all_used(self) -> None:
+        for match, matched in self._matched.items():
+            if not matched:
+                close = get_close_matches(match, self._fqns, 1) if isinstance(match, str) else []
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(
+                    f"the policy rule {_name(match)} chose no parameter of this model (none "
+                    f"matches, or earlier rules took them){hint}"
+                )
+            if isinstance(self._policy.rules[match], Rotate) and match not in self._rotated:
+                raise ValueError(
+                    f"the policy rule {_name(match)} asks to rotate {matched[0]}, which has no "
+                    f"rotated form: use Gather() there"
+                )
+
+
+def _enclosing(module_fqn: str) -> Iterator[str]:
+    """``a.b.c``, ``a.b``, ``a`` and the root."""
+    while module_fqn:
+        yield module_fqn
+        module_fqn = module_fqn.rpartition(".")[0]
+    yield ""
+
+
+def _name(match: Match) -> str:
+    return repr(match) if isinstance(match, str) else getattr(match, "__qualname__", repr(match))

@@ -1,0 +1,136 @@
+"""A ring: the ranks that share a model, their staging and their transport.
+
+Modules and ops know a ring by its key, a string, resolved here as ``torch.distributed`` resolves
+the names of groups. So modules can be deep-copied, and ops can be captured.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from rtp_wrap.lockstep import Lockstep
+from rtp_wrap.transport import PointToPoint, Staging
+
+_rings: WeakValueDictionary[str, Ring] = WeakValueDictionary()
+_serial = itertools.count()
+
+
+class Frames(threading.local):
+    """The stack of wrapped modules whose forward runs now, in this thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+
+
+def resolve(key: str) -> Ring:
+    """The living ring with this key."""
+    return _rings[key]
+
+
+class Ring:
+    """The ranks of a 1-D ``mesh`` as a ring, with ``staging_bytes`` of memory for tiles.
+
+    ``overlap=False`` makes hops take turns with the computation: less staging, no concurrency.
+    """
+
+    def __init__(
+        self, mesh: DeviceMesh, device: torch.device, staging_bytes: int, *, overlap: bool
+    ) -> None:
+        self.mesh = mesh
+        self.group: dist.ProcessGroup = mesh.get_group()
+        self.rank = self.group.rank()
+        self.world_size = self.group.size()
+        self.device = device
+        self.overlap = overlap
+        self.staging = Staging(staging_bytes, device)
+        self.transport = PointToPoint(self.group)
+        self.lockstep = Lockstep(self.group)
+        self.frames = Frames()
+        # The weight last gathered for a backward: several saved views of it need one gather.
+        self.regathered: tuple[DTensor, torch.Tensor] | None = None
+        self.key = f"{self.group.group_name}/{next(_serial)}"
+        self._interrupted = False
+        self._stream: torch.cuda.Stream | None = None
+        _rings[self.key] = self
+        _watch_optimizers()
+
+    def begin(self, event: str) -> None:
+        """Every communicating operation starts here, with a line of its own for the lockstep.
+
+        After an exception inside a rotation the ranks first make sure that all of them had it.
+        """
+        if self._interrupted:
+            self.lockstep.verify("the first communication after an exception inside a rotation")
+            self._interrupted = False
+        self.lockstep.record(event)
+        self.regathered = None
+        if self.device.type == "cuda":
+            self._follow_stream()
+
+    def interrupt(self, hops: int) -> None:
+        """An exception left a rotation after ``hops`` hops."""
+        self._interrupted = True
+        self.lockstep.record(f"an exception after {hops} hops")
+
+    def _follow_stream(self) -> None:
+        """The staging is shared by all streams, so work that uses it must not overlap."""
+        stream = torch.cuda.current_stream(self.device)
+        if self._stream is not None and self._stream != stream:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ring:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return resolve, (self.key,)
+
+
+def register(parameter: torch.nn.Parameter, ring: Ring) -> None:
+    """Mark a parameter as one of the ring's, for the optimizers' hooks."""
+    parameter._ring = ring.key  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Ranks must be in step before weights are written, and a write must be seen.
+
+    Fused and foreach optimizers do not bump the version of a DTensor, so a weight changed
+    between a forward and its backward would go unnoticed: the version is bumped for them.
+    """
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    keys = dict.fromkeys(parameter._ring for parameter in _our_parameters(optimizer))
+    for ring in [_rings[key] for key in keys if key in _rings]:
+        ring.lockstep.verify("an optimizer step")
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    written = [p for p in _our_parameters(optimizer) if p.grad is not None]
+    if written:
+        torch.autograd.graph.increment_version(written)
+
+
+def _our_parameters(optimizer: Optimizer) -> Iterator[Any]:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if type(parameter) is DTensor and hasattr(parameter, "_ring"):
+                yield parameter

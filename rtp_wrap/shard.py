@@ -1,0 +1,120 @@
+"""Who owns what: the index arithmetic of shards and tiles. Pure numbers, no tensors' data.
+
+A weight of shape ``[rows, cols]`` is cut along one dimension into one home shard per rank, and
+each shard into a grid of cells so that a cell fits a staging slot. The part of one owner's shard
+that lies in one cell is a tile: a rectangle of the weight, given in the weight's own indices.
+Sharding either dimension, cutting a shard into pieces and owners with less than the others (or
+nothing) are then one case: the rectangles differ, the arithmetic of the products does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+def extent(size: int, world_size: int, rank: int) -> tuple[int, int]:
+    """The half-open index range that ``rank`` owns of a dimension of ``size`` elements.
+
+    The ranges are those of ``torch.chunk`` and of DTensor's ``Shard``: every rank has
+    ``ceil(size / world_size)`` elements except the last ones, which have fewer or none.
+    """
+    chunk = -(-size // world_size)
+    start = min(rank * chunk, size)
+    return start, min(start + chunk, size)
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """A rectangle of a weight, half-open, in elements of the whole weight."""
+
+    row: int
+    row_end: int
+    col: int
+    col_end: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.row_end - self.row, self.col_end - self.col
+
+    @property
+    def numel(self) -> int:
+        rows, cols = self.shape
+        return rows * cols
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.row, self.row_end)
+
+    @property
+    def cols(self) -> slice:
+        return slice(self.col, self.col_end)
+
+    def within(self, outer: Tile) -> tuple[slice, slice]:
+        """The index that picks this tile out of a tensor that holds ``outer``."""
+        return (
+            slice(self.row - outer.row, self.row_end - outer.row),
+            slice(self.col - outer.col, self.col_end - outer.col),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TileGrid:
+    """How a sharded weight is cut into tiles of at most ``max_numel`` elements.
+
+    Every owner's shard is cut by the same cells, so that all ranks agree on the number of hops
+    without talking; in an uneven shard the last cells are smaller, or empty.
+    """
+
+    shape: tuple[int, int]
+    dim: int
+    world_size: int
+    max_numel: int
+
+    def shard(self, owner: int) -> Tile:
+        rows, cols = self.shape
+        if self.dim == 0:
+            return Tile(*extent(rows, self.world_size, owner), 0, cols)
+        return Tile(0, rows, *extent(cols, self.world_size, owner))
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """Rows and columns of a cell: whole rows if one fits, balanced so that none is a sliver."""
+        rows, cols = self.shard(0).shape  # owner 0 has the largest shard
+        cell_cols = _balanced(cols, self.max_numel)
+        cell_rows = _balanced(rows, max(1, self.max_numel // max(1, cell_cols)))
+        return cell_rows, cell_cols
+
+    def cells(self) -> Iterator[tuple[int, int]]:
+        """Offsets (row, column) of the cells within a shard, row by row."""
+        rows, cols = self.shard(0).shape
+        cell_rows, cell_cols = self.cell
+        for row in range(0, rows, cell_rows):
+            for col in range(0, cols, cell_cols):
+                yield row, col
+
+    def tile(self, owner: int, offset: tuple[int, int]) -> Tile:
+        """The part of ``owner``'s shard in the cell at ``offset``."""
+        shard = self.shard(owner)
+        cell_rows, cell_cols = self.cell
+        row = min(shard.row + offset[0], shard.row_end)
+        col = min(shard.col + offset[1], shard.col_end)
+        return Tile(
+            row, min(row + cell_rows, shard.row_end), col, min(col + cell_cols, shard.col_end)
+        )
+
+
+def _balanced(size: int, limit: int) -> int:
+    """The largest piece when ``size`` is cut into as few equal pieces of <= ``limit`` as can be."""
+    pieces = max(1, -(-size // limit))
+    return max(1, -(-size // pieces))
+
+
+def contiguous_stride(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of a contiguous tensor of ``shape``."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(1, size))
+    return tuple(reversed(strides)) if len(shape) else ()

@@ -1,0 +1,30 @@
+"""Finding weights that were written between a forward and its backward."""
+
+from __future__ import annotations
+
+from torch.distributed.tensor import DTensor
+
+
+class WriteCheck:
+    """Remembers the versions of a parameter; ``check`` raises if it was written since.
+
+    In-place operations bump the version of the DTensor, direct ones that of its local tensor, and
+    optimizer steps are counted by the ring's hooks.
+    """
+
+    __slots__ = ("_fqn", "_parameter", "_versions")
+
+    def __init__(self, parameter: DTensor, fqn: str) -> None:
+        self._parameter, self._fqn = parameter, fqn
+        self._versions = self._now()
+
+    def check(self) -> None:
+        if self._now() != self._versions:
+            raise RuntimeError(
+                f"{self._fqn} was written (by an optimizer step, load_state_dict or an in-place "
+                f"operation) between a forward and its backward, so its gradients would belong to "
+                f"no model; run backward before the write, or the forward again after it"
+            )
+
+    def _now(self) -> tuple[int, int]:
+        return self._parameter._version, self._parameter._local_tensor._version

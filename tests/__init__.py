@@ -1,0 +1,1 @@
+"""Tests of `rtp_wrap`; a package, so that worker processes can import its modules."""
