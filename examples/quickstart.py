@@ -10,8 +10,8 @@ dist.init_process_group()
 if torch.cuda.is_available():
     torch.cuda.set_device(dist.get_node_local_rank())
 torch.manual_seed(dist.get_rank())  # every rank has its own data
-model = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
-model = RotatedTensorParallel(model)  # and, from here on, 1/N of rank 0's weights
+dense = nn.Sequential(nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 256))
+model = RotatedTensorParallel(dense)  # and, from here on, 1/N of rank 0's weights
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 x = torch.randn(64, 256, device=next(model.parameters()).device)
 for step in range(20):
