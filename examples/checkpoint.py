@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Write every rank's shards to `folder`; gradients must be `None` or already stepped."""
     parameters, state = get_state_dict(model, optimizer)
-    dcp.save({"model": parameters, "optimizer": state}, checkpoint_id=folder)
+    writer = dcp.FileSystemWriter(folder, overwrite=True)
+    dcp.save({"model": parameters, "optimizer": state}, storage_writer=writer)
 
 
 def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:

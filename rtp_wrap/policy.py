@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 from torch import nn
 
@@ -109,7 +108,7 @@ class ShardingPolicy:
             raise ValueError(
                 f"staging_bytes={self.staging_bytes}: at least {MIN_STAGING_BYTES} bytes are needed"
             )
-        object.__setattr__(self, "rules", MappingProxyType(dict(self.rules)))
+        object.__setattr__(self, "rules", dict(self.rules))
 
     @classmethod
     def of(cls, policy: ShardingPolicy | Rules | None) -> ShardingPolicy:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rtp_wrap import RotatedTensorParallel
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from rtp_wrap import RotatedTensorParallel
 from tests.ranks import device
 
 #: fp64: sums over ranks and tiles are in another order than in the dense model, nothing else is,
