@@ -45,6 +45,6 @@ $(READY): pyproject.toml
 	set -e; pth=$$(echo $(VENV)/lib/python3*/site-packages)/machine.pth; \
 	$(PYTHON) -c "$$folders" > $$pth 2> /dev/null || { rm $$pth; \
 	$(VENV)/bin/python -m pip install $(TORCH); }
-	$(VENV)/bin/python -m pip install --retries 2 --editable '.[dev]' || $(VENV)/bin/python -c \
-	'import torch, numpy, pytest, hypothesis; print("not installed, so using what is here")'
+	PIP_RETRIES=2 $(VENV)/bin/python -m pip install --quiet --editable '.[dev]' || $(VENV)/bin/python -c \
+	'import torch, numpy, pytest, hypothesis; print("no package index: going on with what this machine has")'
 	touch $@

@@ -16,8 +16,10 @@ from torch.distributed.tensor import DTensor
 def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Write every rank's shards to `folder`; gradients must be `None` or already stepped."""
     parameters, state = get_state_dict(model, optimizer)
-    writer = dcp.FileSystemWriter(folder, overwrite=True)
-    dcp.save({"model": parameters, "optimizer": state}, storage_writer=writer)
+    if dist.get_rank() == 0:  # an older checkpoint is none from here on, in case saving fails
+        (folder / ".metadata").unlink(missing_ok=True)
+    dist.barrier()
+    dcp.save({"model": parameters, "optimizer": state}, checkpoint_id=folder)
 
 
 def load(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:

@@ -184,7 +184,8 @@ def train(
             optimizer.step()
             schedule.step()
 
-            since += torch.stack((loss.detach(), *since.new_tensor((1, 0))))
+            since[0] += loss.detach()
+            since[1] += 1
             if step % stride and step != options.steps:
                 continue
             since[2] = len(caught)
