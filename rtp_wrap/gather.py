@@ -7,6 +7,7 @@ together after the forward, which is what sharding is to avoid.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: DTensor, key: str, fqn: str) -> torch.Tensor:
         ctx.ring, ctx.fqn, ctx.parameter = resolve(key), fqn, parameter
-        ctx.written = WriteCheck(parameter, fqn)
+        ctx.written = WriteCheck(parameter, fqn, ctx.ring)
         whole = _whole(parameter, ctx.ring, f"{fqn} gather")
         # With one rank this is the home shard itself, which autograd must not mark as an output.
         return whole.detach()
@@ -56,7 +57,8 @@ class _Gather(torch.autograd.Function):
         ring: Ring = ctx.ring
         ring.begin(f"{ctx.fqn} reduce-scatter")
         mesh, placements = ctx.parameter.device_mesh, ctx.parameter.placements
-        total = DTensor.from_local(grad.contiguous(), mesh, [Partial()], run_check=False)
+        dense = grad.to_dense() if grad.is_sparse else grad.contiguous()
+        total = DTensor.from_local(dense, mesh, [Partial()], run_check=False)
         summed: Any = total.redistribute(placements=placements)
         return summed / ring.world_size, None, None
 
@@ -64,28 +66,25 @@ class _Gather(torch.autograd.Function):
 PackHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 
-class RegatherHooks(torch.autograd.graph.saved_tensors_hooks):
-    """Saved-tensor hooks around one module's forward; ``add`` tells them what was gathered.
+def hooks_in_force() -> PackHooks | None:
+    """The saved-tensor hooks that are asked now. They are a stack of which only the top is asked.
 
-    Composed with the hooks around them (activation checkpointing and offloading are such), which
-    see every tensor but the gathered weights.
+    No public call tells.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+class RegatherHooks:
+    """Saved-tensor hooks that put a note in the place of what is saved of the ``gathered`` weights.
+
+    Composed with the hooks ``around`` them (activation checkpointing and offloading are such),
+    which see every tensor but the gathered weights.
     """
 
-    def __init__(self) -> None:
-        super().__init__(self._pack, self._unpack)
-        self._gathered: list[Gathered] = []
-        # No public call returns the hooks in force. They are a stack of which only the top is
-        # asked, so without this the hooks around would miss everything that this module saves.
-        self._around: PackHooks | None = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    def __init__(self, gathered: list[Gathered], around: PackHooks | None) -> None:
+        self._gathered, self._around = gathered, around
 
-    def add(self, gathered: Gathered) -> None:
-        self._gathered.append(gathered)
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self._gathered.clear()  # what was packed refers to these hooks, not to whole weights
-
-    def _pack(self, tensor: torch.Tensor) -> Any:
+    def pack(self, tensor: torch.Tensor) -> Any:
         for gathered in self._gathered:
             note = gathered.note(tensor)
             if note is not None:
@@ -96,7 +95,7 @@ class RegatherHooks(torch.autograd.graph.saved_tensors_hooks):
         # compared when it is unpacked, as torch does where there are no hooks.
         return _Kept(tensor.detach(), tensor._version)
 
-    def _unpack(self, packed: Any) -> torch.Tensor:
+    def unpack(self, packed: Any) -> torch.Tensor:
         if isinstance(packed, _Note | _Kept):
             return packed.unpack()
         assert self._around is not None
@@ -139,21 +138,39 @@ class _Note:
         if ring.regathered is None or ring.regathered[0] is not self.parameter:
             whole = _whole(self.parameter, ring, f"{self.fqn} gather for backward")
             ring.regathered = self.parameter, whole
+            if torch._C._current_graph_task_id() != -1:
+                # The last one of a backward must not outlive it.
+                engine = torch.autograd.Variable._execution_engine
+                engine.queue_callback(functools.partial(setattr, ring, "regathered", None))
         whole = ring.regathered[1]
         return whole.to(self.dtype).as_strided(self.size, self.stride, self.offset)
 
 
-@dataclass(frozen=True, slots=True)
 class Gathered:
     """A gathered parameter while its module computes."""
 
-    parameter: DTensor
-    whole: torch.Tensor
-    ring: Ring
-    fqn: str
+    __slots__ = ("_address", "_version", "fqn", "parameter", "ring", "whole")
+
+    def __init__(self, parameter: DTensor, whole: torch.Tensor, ring: Ring, fqn: str) -> None:
+        self.parameter, self.whole, self.ring, self.fqn = parameter, whole, ring, fqn
+        self._address, self._version = whole.data_ptr(), _version(whole)
+
+    def check_unwritten(self) -> None:
+        """Raise if the module wrote to its weight: the write could not reach the home shards."""
+        # Moving it (cuDNN puts the weights of an LSTM into one piece) is no write.
+        if self.ring.world_size == 1 or self.whole.data_ptr() != self._address:
+            return
+        if _version(self.whole) != self._version:
+            raise RuntimeError(
+                f"{self.fqn} was written to by its module's forward (max_norm of an embedding does "
+                f"that), where it is a gathered copy: write to the parameter outside of forward, "
+                f"or Ignore() it in the policy"
+            )
 
     def note(self, tensor: torch.Tensor) -> _Note | None:
         """A note for ``tensor`` if it is this weight, a view of it, or a (view of a) cast of it."""
+        if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_nested:
+            return None  # has no address
         base = tensor._base if tensor._is_view() else tensor
         if tensor.dtype == self.whole.dtype:
             offset = _offset(tensor, self.whole)
@@ -161,13 +178,13 @@ class Gathered:
             offset = _offset(tensor, base)
         else:
             offset = None
-        if offset is None:
+        if offset is None or tensor.is_conj() or tensor.is_neg():
             return None
         return _Note(
             self.parameter,
             self.ring,
             self.fqn,
-            WriteCheck(self.parameter, self.fqn),
+            WriteCheck(self.parameter, self.fqn, self.ring),
             tensor.dtype,
             tuple(tensor.shape),
             tensor.stride(),
@@ -197,3 +214,7 @@ def _offset(tensor: torch.Tensor, whole: torch.Tensor) -> int | None:
     if start < 0 or start + (reach + 1) * tensor.itemsize > whole.nbytes:
         return None
     return start // tensor.itemsize
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -11,12 +11,19 @@ from __future__ import annotations
 import zlib
 from collections import deque
 from datetime import timedelta
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 
 #: Events kept to name the first difference; a training step has three or so per layer.
 HISTORY = 8192
+
+_TRAINING = (
+    "Every rank must run the same layers in the same order, with the same inputs requiring "
+    "gradients; a rank that raised inside a step cannot go on without the others. The weights were "
+    "not changed by this step; restart from here or from a checkpoint"
+)
 
 
 class OutOfStepError(RuntimeError):
@@ -39,24 +46,33 @@ class Lockstep:
         self.digest = zlib.crc32(event.encode(), self.digest)
         self._history.append(event)
 
-    def verify(self, occasion: str) -> None:
+    def verify(self, occasion: str, remedy: str = _TRAINING) -> None:
         """Compare with all ranks; they must all be at the same ``occasion``. Blocks the host.
 
-        Raises ``OutOfStepError`` on every rank, naming the first difference.
+        Raises ``OutOfStepError`` on every rank, naming the first difference. A rank that does not
+        come is waited for as long as the group's timeout.
         """
         if self._world_size == 1:
             return
-        mine = torch.tensor([self._count, self.digest, zlib.crc32(occasion.encode())])
+        state = [self._count, self.digest, zlib.crc32(occasion.encode())]
+        mine = torch.tensor(state, device="cpu")  # whatever the default device is
         states = [torch.empty_like(mine) for _ in range(self._world_size)]
-        dist.all_gather(states, mine, group=self._group)
-        if all(torch.equal(state, mine) for state in states):
-            self._history.clear()
-            return
         accounts: list[tuple[str, int, list[str]]] = [("", 0, [])] * self._world_size
-        dist.all_gather_object(
-            accounts, (occasion, self._count, list(self._history)), group=self._group
-        )
-        raise OutOfStepError(self._difference(accounts))
+        try:
+            dist.all_gather(states, mine, group=self._group)
+            if all(torch.equal(state, mine) for state in states):
+                self._history.clear()
+                return
+            dist.all_gather_object(
+                accounts, (occasion, self._count, list(self._history)), group=self._group
+            )
+        except RuntimeError as error:
+            last = f" after {self._history[-1]}" if self._history else ""
+            raise OutOfStepError(
+                f"rank {self._rank} came to {occasion}{last}, but another rank did not come: it "
+                f"has raised, died, or runs something else; see its own error first. {remedy}"
+            ) from error
+        raise OutOfStepError(f"ranks are out of step ({self._difference(accounts)}). {remedy}")
 
     def _difference(self, accounts: list[tuple[str, int, list[str]]]) -> str:
         """The first event (by number) that is not the same on all ranks, and who did what."""
@@ -68,18 +84,14 @@ class Lockstep:
                 for occasion, count, events in accounts
             ]
             if len(set(did)) > 1:
-                listing = ", ".join(f"rank {rank}: {event}" for rank, event in enumerate(did))
                 break
         else:
-            listing = ", ".join(
-                f"rank {rank}: {what}" for rank, (what, _, _) in enumerate(accounts)
-            )
-        return (
-            f"ranks are out of step ({listing}). Every rank must run the same layers in the same "
-            f"order, with the same inputs requiring gradients; a rank that raised inside a step "
-            f"cannot go on without the others. The weights were not changed by this step; restart "
-            f"from here or from a checkpoint"
-        )
+            did = [occasion for occasion, _, _ in accounts]
+        return ", ".join(f"rank {rank}: {what}" for rank, what in enumerate(did))
+
+
+#: Made once per group: groups cannot be freed safely while ranks are at different places.
+_hosts: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
@@ -89,6 +101,8 @@ def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
     )
     if backends.get("cpu") == "gloo":
         return group
+    if group in _hosts:
+        return _hosts[group]
     host = dist.new_group(
         dist.get_process_group_ranks(group),
         timeout=_timeout(group),
@@ -97,6 +111,7 @@ def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
         group_desc="rtp_wrap lockstep",
     )
     assert isinstance(host, dist.ProcessGroup)
+    _hosts[group] = host
     return host
 
 

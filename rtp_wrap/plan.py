@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
@@ -15,24 +15,28 @@ from rtp_wrap.policy import Gather, Ignore, Match, Replicate, Rotate, ShardingPo
 
 @dataclass(frozen=True)
 class Use:
-    """One name of a parameter: the module that registers it and what that module does with it."""
+    """One name of a parameter: the module that registers it and what that module does with it.
+
+    ``rule`` says what chose the strategy, for people.
+    """
 
     module_fqn: str
     module: nn.Module
     name: str
     strategy: Strategy
+    rule: str
 
     @property
     def fqn(self) -> str:
-        return f"{self.module_fqn}.{self.name}" if self.module_fqn else self.name
+        return _join(self.module_fqn, self.name)
 
 
 @dataclass(frozen=True)
 class ParameterPlan:
     """One parameter, all its uses (several when it is tied), and how it is kept at home.
 
-    ``home`` is ``Rotate`` or ``Gather`` for a sharded parameter (both mean 1/N along ``dim``).
-    ``rule`` says what chose it, for people.
+    ``home`` is ``Rotate`` or ``Gather`` for a sharded parameter (both mean 1/N along ``dim``), and
+    ``rule`` says what chose it.
     """
 
     parameter: nn.Parameter
@@ -48,35 +52,36 @@ class ParameterPlan:
 def plan_parameters(model: nn.Module, policy: ShardingPolicy) -> list[ParameterPlan]:
     """One plan per distinct parameter of ``model``, in registration order.
 
-    Raises ``ValueError`` for rules that match nothing, that ask to rotate only what has no rotated
-    form, that disagree about a tied parameter, or whose ``dim`` a parameter does not have.
+    A tied parameter is rotated if one of its uses is, else gathered if one is; the first such use
+    decides along which dim. Raises ``ValueError`` for rules that choose nothing, that ask to rotate
+    only what has no rotated form, that ignore some uses of a tied parameter but not all, or whose
+    ``dim`` a parameter does not have.
     """
     rules = _Rules(model, policy)
     parameters: dict[int, nn.Parameter] = {}
     uses: dict[int, list[Use]] = {}
-    reasons: dict[int, str] = {}
     for module_fqn, module in model.named_modules(remove_duplicate=True):
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             _check_parameter(module_fqn, name, parameter)
-            strategy, reason = rules.choose(module_fqn, module, name, parameter)
+            strategy, rule = rules.choose(module_fqn, module, name, parameter)
             parameters.setdefault(id(parameter), parameter)
-            reasons.setdefault(id(parameter), reason)
-            uses.setdefault(id(parameter), []).append(Use(module_fqn, module, name, strategy))
+            use = Use(module_fqn, module, name, strategy, rule)
+            uses.setdefault(id(parameter), []).append(use)
     rules.check_all_used()
-    return [_reconcile(parameter, uses[key], reasons[key]) for key, parameter in parameters.items()]
+    return [_reconcile(parameter, uses[key]) for key, parameter in parameters.items()]
 
 
 def _check_parameter(module_fqn: str, name: str, parameter: nn.Parameter) -> None:
-    fqn = f"{module_fqn}.{name}".lstrip(".")
+    fqn = _join(module_fqn, name)
     if isinstance(parameter, nn.parameter.UninitializedParameter):
         raise ValueError(f"{fqn} has no shape yet: run the lazy module once before wrapping")
     if parameter.is_meta:
         raise ValueError(f"{fqn} is on the meta device: give it values before wrapping")
 
 
-def _reconcile(parameter: nn.Parameter, uses: list[Use], rule: str) -> ParameterPlan:
+def _reconcile(parameter: nn.Parameter, uses: list[Use]) -> ParameterPlan:
     """Settle what a tied parameter is at home, and what that leaves to each use."""
     ignored = [use for use in uses if isinstance(use.strategy, Ignore)]
     if ignored:
@@ -86,25 +91,23 @@ def _reconcile(parameter: nn.Parameter, uses: list[Use], rule: str) -> Parameter
                 f"{ignored[0].fqn} and {other.fqn} are one tied parameter, but a rule ignores only "
                 f"the first: name both in the Ignore rule, or neither"
             )
-        return ParameterPlan(parameter, tuple(uses), Ignore(), rule)
+        return ParameterPlan(parameter, tuple(uses), Ignore(), uses[0].rule)
     sharded = [use for use in uses if isinstance(use.strategy, Rotate)] or [
         use for use in uses if isinstance(use.strategy, Gather)
     ]
     if not sharded:
-        return ParameterPlan(parameter, tuple(uses), Replicate(), rule)
-    home = sharded[0].strategy
+        return ParameterPlan(parameter, tuple(uses), Replicate(), uses[0].rule)
+    home, rule = sharded[0].strategy, sharded[0].rule
     assert isinstance(home, Rotate | Gather)
     if home.dim >= max(1, parameter.dim()):
         raise ValueError(
             f"{sharded[0].fqn} of shape {tuple(parameter.shape)} has no dim {home.dim} to shard: "
-            f"change the rule {rule}"
+            f"let the rule {rule} name only parameters that have one"
         )
     settled = tuple(
-        Use(
-            use.module_fqn,
-            use.module,
-            use.name,
-            Rotate(home.dim) if isinstance(use.strategy, Rotate) else Gather(home.dim),
+        replace(
+            use,
+            strategy=Rotate(home.dim) if isinstance(use.strategy, Rotate) else Gather(home.dim),
         )
         for use in uses
     )
@@ -117,6 +120,9 @@ class _Rules:
     def __init__(self, model: nn.Module, policy: ShardingPolicy) -> None:
         self._policy = policy
         self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._names: dict[nn.Module, list[str]] = {}  # several for a module used in several places
+        for fqn, module in self._modules.items():
+            self._names.setdefault(module, []).append(fqn)
         self._fqns = list(self._modules) + [
             name for name, _ in model.named_parameters(remove_duplicate=False)
         ]
@@ -126,12 +132,11 @@ class _Rules:
     def choose(
         self, module_fqn: str, module: nn.Module, name: str, parameter: nn.Parameter
     ) -> tuple[Strategy, str]:
-        fqn = f"{module_fqn}.{name}" if module_fqn else name
         rotatable = is_rotatable(module, name)
         for match, strategy in self._policy.rules.items():
-            if not self._matches(match, fqn, module_fqn):
+            if not any(self._matches(match, fqn, name) for fqn in self._names[module]):
                 continue
-            self._matched[match].append(fqn)
+            self._matched[match].append(_join(module_fqn, name))
             if isinstance(strategy, Rotate):
                 if not rotatable:
                     break
@@ -145,8 +150,8 @@ class _Rules:
             return Replicate(), f"below {self._policy.replicate_below} elements"
         return (Rotate(), "default") if rotatable else (Gather(), "default")
 
-    def _matches(self, match: Match, fqn: str, module_fqn: str) -> bool:
-        if isinstance(match, str) and fnmatchcase(fqn, match):
+    def _matches(self, match: Match, module_fqn: str, name: str) -> bool:
+        if isinstance(match, str) and fnmatchcase(_join(module_fqn, name), match):
             return True
         for around in _enclosing(module_fqn):
             module = self._modules[around]
@@ -164,7 +169,7 @@ class _Rules:
         for match, matched in self._matched.items():
             if not matched:
                 close = get_close_matches(match, self._fqns, 1) if isinstance(match, str) else []
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                hint = f"; did you mean {close[0]!r}?" if close and close[0] != match else ""
                 raise ValueError(
                     f"the policy rule {_name(match)} chose no parameter of this model (none "
                     f"matches, or earlier rules took them){hint}"
@@ -182,6 +187,10 @@ def _enclosing(module_fqn: str) -> Iterator[str]:
         yield module_fqn
         module_fqn = module_fqn.rpartition(".")[0]
     yield ""
+
+
+def _join(module_fqn: str, name: str) -> str:
+    return f"{module_fqn}.{name}" if module_fqn else name
 
 
 def _name(match: Match) -> str:

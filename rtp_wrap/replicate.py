@@ -48,7 +48,7 @@ class _AverageGradients(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.ring, ctx.fqns, ctx.parameters = resolve(key), fqns, parameters
-        ctx.written = [WriteCheck(*pair) for pair in zip(parameters, fqns, strict=True)]
+        ctx.written = [WriteCheck(p, n, ctx.ring) for p, n in zip(parameters, fqns, strict=True)]
         return tuple(parameter._local_tensor.detach() for parameter in parameters)
 
     @staticmethod
@@ -65,13 +65,17 @@ class _AverageGradients(torch.autograd.Function):
         # A rank that used others would average the wrong elements: part of what is compared.
         ring.begin(f"average of {len(used)} gradients, {ctx.fqns[0]} and on {used}")
         results: list[DTensor | None] = [None] * len(grads)
-        for bucket in _buckets([(index, grads[index]) for index in used]):
+        for bucket in _buckets([(index, _dense(grads[index])) for index in used]):
             for (index, _), mean in zip(bucket, _mean([g for _, g in bucket], ring), strict=True):
                 parameter = ctx.parameters[index]
                 results[index] = DTensor.from_local(
                     mean, parameter.device_mesh, parameter.placements, run_check=False
                 )
         return (None, None, *results)
+
+
+def _dense(grad: Any) -> Any:
+    return grad.to_dense() if grad.is_sparse else grad
 
 
 def _buckets(grads: list[tuple[int, Any]]) -> list[list[tuple[int, torch.Tensor]]]:

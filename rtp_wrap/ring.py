@@ -39,6 +39,11 @@ class Frames(threading.local):
 
 def resolve(key: str) -> Ring:
     """The living ring with this key."""
+    if key not in _rings:
+        raise RuntimeError(
+            f"the ring {key} of a wrapped model is not in this process (any more): a pickled "
+            f"wrapped model is of no use elsewhere; save its state_dict() instead"
+        )
     return _rings[key]
 
 
@@ -101,9 +106,18 @@ class Ring:
         return resolve, (self.key,)
 
 
-def register(parameter: torch.nn.Parameter, ring: Ring) -> None:
+def register(parameter: torch.Tensor, ring: Ring) -> None:
     """Mark a parameter as one of the ring's, for the optimizers' hooks."""
     parameter._ring = ring.key  # type: ignore[attr-defined]
+
+
+def retire(parameter: torch.nn.Parameter, fqn: str) -> None:
+    """Mark a parameter that no longer belongs to a model: an optimizer must not have it."""
+    parameter._retired = fqn  # type: ignore[attr-defined]
+
+
+def was_retired(parameter: torch.Tensor) -> bool:
+    return hasattr(parameter, "_retired")
 
 
 @functools.cache
@@ -118,6 +132,13 @@ def _watch_optimizers() -> None:
 
 
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for parameter in _parameters(optimizer):
+        if was_retired(parameter):
+            raise RuntimeError(
+                f"this {type(optimizer).__name__} was built before the model was wrapped, and "
+                f"wrapping replaced its parameters ({parameter._retired} is one): build it "
+                f"afterwards, from the wrapped model's parameters()"
+            )
     keys = dict.fromkeys(parameter._ring for parameter in _our_parameters(optimizer))
     for ring in [_rings[key] for key in keys if key in _rings]:
         ring.lockstep.verify("an optimizer step")
@@ -130,7 +151,11 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 def _our_parameters(optimizer: Optimizer) -> Iterator[Any]:
+    for parameter in _parameters(optimizer):
+        if type(parameter) is DTensor and hasattr(parameter, "_ring"):
+            yield parameter
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Any]:
     for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if type(parameter) is DTensor and hasattr(parameter, "_ring"):
-                yield parameter
+        yield from group["params"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from rtp_wrap.home import settle, settle_buffer
 from rtp_wrap.modules import Adopted, Adoption, adopt, form_of
 from rtp_wrap.plan import ParameterPlan, plan_parameters
 from rtp_wrap.policy import Ignore, Replicate, Rotate, Rules, ShardingPolicy, Strategy
-from rtp_wrap.ring import Ring
+from rtp_wrap.ring import Ring, retire, was_retired
 from rtp_wrap.shard import TileGrid
 from rtp_wrap.transport import Staging
 
@@ -23,7 +26,28 @@ STAGING_BYTES = 128 << 20
 #: Default with ``inplace=True``: two tiles of 8 MiB in forward, three of 5 in backward.
 INPLACE_STAGING_BYTES = 16 << 20
 
-_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+#: What the wrapper has in common with the wrapped model: the same dictionaries.
+_SHARED = (
+    "_parameters",
+    "_buffers",
+    "_non_persistent_buffers_set",
+    "_modules",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def _models_own(name: str) -> Callable[..., Any]:
+    """A method of every ``nn.Module`` that models override: the wrapped model's own is called."""
+
+    @functools.wraps(getattr(nn.Module, name))
+    def method(self: RotatedTensorParallel, *args: Any, **kwargs: Any) -> Any:
+        result = getattr(self.module, name)(*args, **kwargs)
+        return self if result is self.module else result
+
+    return method
 
 
 class RotatedTensorParallel(nn.Module):
@@ -43,8 +67,9 @@ class RotatedTensorParallel(nn.Module):
     ``policy``
         a ``ShardingPolicy``, or just its rules.
 
-    Attributes and methods of ``module`` are reachable, fqns in ``named_parameters()`` and
-    ``state_dict()`` are the module's own.
+    Attributes and methods of ``module`` are reachable, and what is set on the wrapper is set on
+    ``module``; fqns in ``named_parameters()`` and ``state_dict()`` are the module's own. Hooks
+    registered on the wrapper run around calls of the wrapper.
 
     Raises ``RuntimeError`` without a process group, and ``ValueError`` or ``TypeError`` for
     arguments, policies and models that cannot be used; nothing is changed then.
@@ -65,6 +90,7 @@ class RotatedTensorParallel(nn.Module):
         policy = ShardingPolicy.of(policy)
         mesh = _mesh(group, mesh)
         plans = plan_parameters(module, policy)
+        _check_plans(plans)
         device = _device(mesh, module, plans)
         staging = _staging_bytes(plans, mesh.size(), policy, inplace)
         ring = Ring(mesh, device, staging, overlap=not inplace)
@@ -86,6 +112,21 @@ class RotatedTensorParallel(nn.Module):
                 raise
             return getattr(self.module, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if "module" not in vars(self) or name in vars(self) or hasattr(type(self), name):
+            super().__setattr__(name, value)
+        else:  # set where the model's own code reads it
+            setattr(self.module, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in vars(self):
+            super().__delattr__(name)
+        else:
+            delattr(self.module, name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.module[key]  # type: ignore[index]
+
     @property
     def training(self) -> bool:
         return self.module.training
@@ -95,11 +136,17 @@ class RotatedTensorParallel(nn.Module):
         if "module" in vars(self):  # nn.Module's constructor sets it first
             self.module.training = mode
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.load_state_dict(*args, **kwargs)
+    train = _models_own("train")
+    eval = _models_own("eval")
+    apply = _models_own("apply")
+    zero_grad = _models_own("zero_grad")
+    requires_grad_ = _models_own("requires_grad_")
+    get_submodule = _models_own("get_submodule")
+    state_dict = _models_own("state_dict")
+    load_state_dict = _models_own("load_state_dict")
+    # What `to`, `half` and the like do, and what loading into a larger module does.
+    _apply = _models_own("_apply")
+    _load_from_state_dict = _models_own("_load_from_state_dict")
 
     def extra_repr(self) -> str:
         return f"wrapping {type(self.module).__name__}"
@@ -113,6 +160,29 @@ def _check_module(module: nn.Module) -> None:
             raise ValueError(
                 f"{fqn or 'the model'} is wrapped already: wrap the outermost module, once"
             )
+    for fqn, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{fqn} is a DTensor: wrap the model before other parallelism shards it"
+            )
+        if was_retired(parameter):
+            raise ValueError(
+                f"{fqn} is tied to a model that was wrapped before: put both models into one "
+                f"module and wrap that"
+            )
+    for fqn, buffer in module.named_buffers():
+        if buffer.is_meta:
+            raise ValueError(f"{fqn} is on the meta device: give it values before wrapping")
+
+
+def _check_plans(plans: list[ParameterPlan]) -> None:
+    for plan in plans:
+        for use in plan.uses:
+            if isinstance(use.module, torch.jit.ScriptModule) and use.strategy != Ignore():
+                raise TypeError(
+                    f"{use.fqn} belongs to a TorchScript module, whose forward cannot see sharded "
+                    f"parameters: wrap the Python module it was made from, or Ignore() it"
+                )
 
 
 def _mesh(group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> DeviceMesh:
@@ -124,17 +194,24 @@ def _mesh(group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> DeviceMes
     if mesh is not None:
         if group is not None:
             raise ValueError("give either group or mesh, not both")
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"mesh is a {type(mesh).__name__}, not a DeviceMesh")
         if mesh.ndim != 1:
             raise ValueError(
                 f"mesh has the dimensions {mesh.mesh_dim_names or mesh.shape}: give the 1-D slice "
                 f'to shard over, for example mesh["rtp"]'
             )
+        if mesh.get_coordinate() is None:
+            raise ValueError(f"rank {dist.get_rank()} is not in the mesh: wrap on its ranks only")
         return mesh
     group = group if group is not None else dist.group.WORLD
-    if not isinstance(group, dist.ProcessGroup) or group.rank() < 0:
-        raise ValueError(f"rank {dist.get_rank()} is not in the group it was given")
-    backends = dist.get_backend_config(group)
-    on_cuda = torch.cuda.is_available() and "nccl" in str(backends)
+    outside: object = dist.GroupMember.NON_GROUP_MEMBER
+    if group is outside:
+        raise ValueError(f"rank {dist.get_rank()} is not in the group: wrap on its ranks only")
+    if not isinstance(group, dist.ProcessGroup):
+        hint = ": give it as mesh=" if isinstance(group, DeviceMesh) else ""
+        raise TypeError(f"group is a {type(group).__name__}, not a ProcessGroup{hint}")
+    on_cuda = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config(group))
     return DeviceMesh.from_group(group, "cuda" if on_cuda else "cpu", mesh_dim_names=("rtp",))
 
 
@@ -178,7 +255,7 @@ def _check_same_everywhere(module: nn.Module, plans: list[ParameterPlan], ring: 
     for fqn, buffer in module.named_buffers():
         ring.lockstep.record(f"buffer {fqn} {tuple(buffer.shape)} {buffer.dtype}")
     ring.lockstep.record(f"staging of {ring.staging.nbytes} bytes, overlap={ring.overlap}")
-    ring.lockstep.verify("wrapping")
+    ring.lockstep.verify("wrapping", "Wrap the same model with the same policy on every rank")
 
 
 def _settle(module: nn.Module, plans: list[ParameterPlan], ring: Ring) -> None:
@@ -190,14 +267,18 @@ def _settle(module: nn.Module, plans: list[ParameterPlan], ring: Ring) -> None:
         if isinstance(plan.home, Ignore):
             continue
         settled = settle(plan.parameter, plan.home, ring)
+        retire(plan.parameter, plan.fqn)
         for use in plan.uses:
             use.module._parameters[use.name] = settled
         plans[index] = replace(plan, parameter=settled)
         del plan
+    buffers: dict[torch.Tensor, torch.Tensor] = {}  # tensors are keys by identity: ties stay
     for inner in module.modules():
         for name, buffer in inner._buffers.items():
             if buffer is not None:
-                inner._buffers[name] = settle_buffer(buffer, ring)
+                if buffer not in buffers:
+                    buffers[buffer] = settle_buffer(buffer, ring)
+                inner._buffers[name] = buffers[buffer]
 
 
 def _adopt(module: nn.Module, plans: list[ParameterPlan], ring: Ring) -> None:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from torch.distributed.tensor import DTensor
 
+from rtp_wrap.ring import Ring, register
+
 
 class WriteCheck:
     """Remembers the versions of a parameter; ``check`` raises if it was written since.
 
     In-place operations bump the version of the DTensor, direct ones that of its local tensor, and
-    optimizer steps are counted by the ring's hooks.
+    optimizer steps are counted by the ring's hooks, for which the parameter is marked anew here: a
+    mark does not survive ``deepcopy``, ``.to()`` or ``.half()``.
     """
 
     __slots__ = ("_fqn", "_parameter", "_versions")
 
-    def __init__(self, parameter: DTensor, fqn: str) -> None:
+    def __init__(self, parameter: DTensor, fqn: str, ring: Ring) -> None:
+        register(parameter, ring)
         self._parameter, self._fqn = parameter, fqn
         self._versions = self._now()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from rtp_wrap.modules.adoption import Adopted, Adoption, adopt
+from rtp_wrap.modules.adoption import Adopted, AdoptedParameterList, Adoption, adopt
 from rtp_wrap.modules.frame import Frame
 from rtp_wrap.modules.linear import RotatedLinear, is_rotatable_linear
 from rtp_wrap.modules.recurrent import AdoptedRecurrent, is_recurrent
@@ -22,4 +22,6 @@ def form_of(module: nn.Module, adoption: Adoption) -> type[Adopted]:
     """The class to mix into ``module`` for what becomes of its parameters."""
     if any(isinstance(strategy, Rotate) for strategy in adoption.strategies.values()):
         return RotatedLinear
+    if isinstance(module, nn.ParameterList):
+        return AdoptedParameterList
     return AdoptedRecurrent if is_recurrent(module) else Adopted

@@ -9,6 +9,7 @@ the DTensor parameters that they are.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.modules.frame import Frame, read
-from rtp_wrap.policy import Gather, Strategy
+from rtp_wrap.policy import Strategy
 from rtp_wrap.ring import Ring
 
 
@@ -34,10 +35,6 @@ class Adoption:
     strategies: dict[str, Strategy]
     replica_owners: list[tuple[nn.Module, str]]
 
-    @property
-    def gathers(self) -> bool:
-        return any(isinstance(strategy, Gather) for strategy in self.strategies.values())
-
     def name(self, parameter: str) -> str:
         return f"{self.fqn}.{parameter}" if self.fqn else parameter
 
@@ -46,31 +43,47 @@ class Adoption:
         found: dict[int, tuple[str, DTensor]] = {}
         for owner, name in self.replica_owners:
             parameter = owner._parameters.get(name)
-            assert isinstance(owner, Adopted)
+            adoption = vars(owner)["_adoption"]
             if isinstance(parameter, DTensor):
-                found.setdefault(id(parameter), (owner.adoption.name(name), parameter))
+                found.setdefault(id(parameter), (adoption.name(name), parameter))
         return dict(found.values())
 
 
 class Adopted(nn.Module):
     """Mixed in before the original class."""
 
-    _adoption: Adoption
+    #: None for what the class makes of itself later: a slice of an ``nn.Sequential``, for one.
+    _adoption: Adoption | None = None
 
-    @property
-    def adoption(self) -> Adoption:
-        return self._adoption
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._adoption is None:
+            return super().__call__(*args, **kwargs)
+        with Frame(self._adoption):  # hooks and a ``forward`` patched into the object are inside
+            return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._adoption is None:
+            return super().forward(*args, **kwargs)
         with Frame(self._adoption):
             return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the original class: the adopted one is made, not importable."""
         _, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        mixin, original = type(self).__mro__[1:3]
-        names = frozenset(self._adoption.strategies)
+        mixin, original = type(self).__bases__
+        names = frozenset(self._adoption.strategies) if self._adoption else frozenset()
         return _new_adopted, (mixin, original, names, *arguments[1:]), *state
+
+
+class AdoptedParameterList(Adopted):
+    """An ``nn.ParameterList``, whose slices would make new parameters of what was gathered."""
+
+    __iter__: Callable[[], Iterator[Any]]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice) and self._adoption and self._adoption.ring.frames.stack:
+            return list(self)[index]
+        return super().__getitem__(index)  # type: ignore[misc]
 
 
 def adopt(module: nn.Module, adoption: Adoption, mixin: type[Adopted] = Adopted) -> None:
@@ -83,6 +96,9 @@ def adopt(module: nn.Module, adoption: Adoption, mixin: type[Adopted] = Adopted)
     original = type(module)
     names = frozenset(adoption.strategies)
     module.__class__ = _adopted_class(mixin, original, names)  # type: ignore[arg-type]
+    for name, member in vars(mixin).items():
+        if isinstance(member, property):
+            vars(module).pop(name, None)  # what the property replaces would stay alive, unread
     vars(module)["_adoption"] = adoption
 
 
@@ -90,7 +106,10 @@ def adopt(module: nn.Module, adoption: Adoption, mixin: type[Adopted] = Adopted)
 def _adopted_class(mixin: Any, original: Any, names: frozenset[str]) -> type[nn.Module]:
     # Its forward keeps the original's signature, which libraries inspect.
     forward = functools.wraps(original.forward)(_forward_of(mixin))
-    members: dict[str, Any] = {"forward": forward, "__module__": original.__module__}
+    members: dict[str, Any] = {
+        name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")
+    }
+    members["forward"] = forward
     members.update({name: _parameter(name) for name in names})
     return type(original.__name__, (mixin, original), members)
 
@@ -122,6 +141,8 @@ def _parameter(name: str) -> property:
             if parameter is None:
                 return None
             adoption = self._adoption
+            if adoption is None:
+                return parameter
             return read(parameter, adoption.strategies[name], adoption, adoption.name(name))
         if name in vars(self):
             return vars(self)[name]

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.gather import Gathered, RegatherHooks, gather
+from rtp_wrap.gather import Gathered, PackHooks, RegatherHooks, gather, hooks_in_force
 from rtp_wrap.policy import Replicate, Strategy
 from rtp_wrap.replicate import replicated
 
@@ -25,19 +26,28 @@ class Frame:
     """A context manager around the forward of one adopted module.
 
     Within it, gathered parameters read as whole plain tensors, made once per frame and gone with
-    it; replicated ones as plain tensors made once for the outermost frame's whole subtree.
+    it; replicated ones as plain tensors made once for the outermost frame's whole subtree. A frame
+    inside one of the same module (``__call__`` has one for the hooks, ``forward`` its own) is that
+    frame.
     """
+
+    __slots__ = ("_adoption", "_around", "_frame", "_gathered", "_hooks", "_memo")
 
     def __init__(self, adoption: Adoption) -> None:
         self._adoption = adoption
+        self._frame = self
         self._memo: dict[_Key, tuple[DTensor, torch.Tensor]] = {}
-        self._hooks: RegatherHooks | None = None
+        self._gathered: list[Gathered] = []
+        self._around: PackHooks | None = None
+        self._hooks: saved_tensors_hooks | None = None
 
     def __enter__(self) -> None:
-        if self._adoption.gathers and torch.is_grad_enabled():
-            self._hooks = RegatherHooks()
-            self._hooks.__enter__()
-        self._adoption.ring.frames.stack.append(self)
+        stack: list[Frame] = self._adoption.ring.frames.stack
+        if stack and stack[-1]._adoption is self._adoption:
+            self._frame = stack[-1]
+        else:
+            self._around = hooks_in_force()
+        stack.append(self._frame)
 
     def __exit__(
         self,
@@ -46,18 +56,26 @@ class Frame:
         traceback: TracebackType | None,
     ) -> None:
         self._adoption.ring.frames.stack.pop()
+        if self._frame is not self:
+            return
         if self._hooks is not None:
-            self._hooks.__exit__(kind, error, traceback)
+            self._hooks.__exit__()
+        gathered = list(self._gathered)
+        # What autograd saved refers to the list, which must not keep whole weights alive.
+        self._gathered.clear()
         self._memo.clear()
+        if kind is None:
+            for each in gathered:
+                each.check_unwritten()
 
     def gathered(self, parameter: DTensor, fqn: str) -> torch.Tensor:
         key = _key(parameter)
         if key not in self._memo:
             ring = self._adoption.ring
             whole = gather(parameter, ring, fqn)
-            if self._hooks is not None:
-                self._hooks.add(Gathered(parameter, whole, ring, fqn))
+            self._gathered.append(Gathered(parameter, whole, ring, fqn))
             self._memo[key] = parameter, whole
+            self._install_hooks()
         return self._memo[key][1]
 
     def replicated(self, parameter: DTensor, fqn: str) -> torch.Tensor:
@@ -69,6 +87,20 @@ class Frame:
             for each, tensor in zip(named.values(), plain, strict=True):
                 self._memo[_key(each)] = each, tensor
         return self._memo[key][1]
+
+    def _install_hooks(self) -> None:
+        """From the first gathered weight on, hooks see what autograd saves in this frame.
+
+        Not inside somebody else's hooks that were entered in this forward: they will be left before
+        ours, and a stack has one order.
+        """
+        if self._hooks is not None or not torch.is_grad_enabled():
+            return
+        disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+        if disabled is None and hooks_in_force() == self._around:
+            hooks = RegatherHooks(self._gathered, self._around)
+            self._hooks = saved_tensors_hooks(hooks.pack, hooks.unpack)
+            self._hooks.__enter__()
 
 
 def _key(parameter: DTensor) -> _Key:

@@ -19,7 +19,7 @@ class RotatedLinear(Adopted):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         adoption = self._adoption
-        if adoption.ring.world_size == 1:
+        if adoption is None or adoption.ring.world_size == 1:
             return super().forward(input)  # nothing to rotate: torch's own linear, bit for bit
         weight = self._parameters["weight"]
         assert isinstance(weight, DTensor)
@@ -28,16 +28,20 @@ class RotatedLinear(Adopted):
             return rotated_linear(input, weight, self.bias, adoption.ring.key, fqn)
 
     def extra_repr(self) -> str:
-        ring = self._adoption.ring
-        return f"{super().extra_repr()}, {self._adoption.strategies['weight']}, 1/{ring.world_size}"
+        adoption = self._adoption
+        if adoption is None:
+            return super().extra_repr()
+        rotation = f"{adoption.strategies['weight']}, 1/{adoption.ring.world_size}"
+        return f"{super().extra_repr()}, {rotation}"
 
 
 def is_rotatable_linear(module: nn.Module, name: str) -> bool:
     """Whether ``name`` is the weight of a linear layer whose forward is ``nn.Linear``'s own."""
+    if not isinstance(module, nn.Linear):
+        return False
     weight = module._parameters.get(name)
     return (
-        isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
+        type(module).forward is nn.Linear.forward
         and "forward" not in vars(module)
         and name == "weight"
         and weight is not None

@@ -18,6 +18,8 @@ class AdoptedRecurrent(Adopted):
     flatten_parameters: Callable[[], None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._adoption is None:
+            return super().forward(*args, **kwargs)
         with Frame(self._adoption):
             self.flatten_parameters()  # cuDNN wants the gathered weights in one piece
             return super(Adopted, self).forward(*args, **kwargs)

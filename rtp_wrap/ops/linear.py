@@ -17,7 +17,8 @@ passes every rank once in forward and once in backward:
 Sharded along dim 0, a tile has all columns, so each output element is one full-length dot product,
 and dgrad sums over tiles; along dim 1 it is the other way round. Sums over tiles happen in the
 GEMM's epilogue (beta = 1) in the dtype of the result. A wgrad is summed in an accumulator that
-visits every rank, in the dtype of the parameter; the owner adds its part last and scales by 1/N.
+visits every rank, in the dtype of the parameter; every rank scales its part by 1/N (alpha) as it
+adds it, so that a sum of N parts overflows no sooner than their mean; the owner adds its part last.
 
 dtypes: GEMMs run in x's dtype, which is the weight's own, or autocast's; tiles travel in it.
 """
@@ -56,8 +57,9 @@ def rotated_linear(
             f"{fqn}: input of shape {tuple(x.shape)} does not end in the layer's {features} input "
             f"features"
         )
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
         x = x.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     elif x.dtype != weight.dtype:
@@ -75,10 +77,11 @@ class _RotatedLinear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: DTensor, bias: torch.Tensor | None, key: str, fqn: str
     ) -> torch.Tensor:
         ring = resolve(key)
-        ctx.save_for_backward(x)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
+        ctx.shape = x.shape
         # Not saved: the home shard is the parameter's own memory, and a change of it between
         # forward and backward is found by its versions, with an error that names the layer.
-        ctx.weight, ctx.written = weight, WriteCheck(weight, fqn)
+        ctx.weight, ctx.written = weight, WriteCheck(weight, fqn, ring)
         ctx.ring, ctx.fqn = ring, fqn
         with torch.autocast(x.device.type, enabled=False):
             y = _forward(ring, fqn, x.reshape(-1, x.shape[-1]), weight, bias)
@@ -93,13 +96,13 @@ class _RotatedLinear(torch.autograd.Function):
             )
         ctx.written.check()
         (x,) = ctx.saved_tensors
-        needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]
-        shape = x.shape
-        x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])  # [T, I], [T, O]
-        with torch.autocast(x.device.type, enabled=False):
-            dx, dw = _backward(ctx.ring, ctx.fqn, x, dy, ctx.weight, needs_dx, needs_dw)
+        needs_dx, _, needs_db = ctx.needs_input_grad[:3]
+        x = None if x is None else x.reshape(-1, x.shape[-1])  # [T, I]
+        dy = dy.reshape(-1, dy.shape[-1])  # [T, O]
+        with torch.autocast(dy.device.type, enabled=False):
+            dx, dw = _backward(ctx.ring, ctx.fqn, x, dy, ctx.weight, needs_dx)
             db = dy.sum(0) if needs_db else None
-        return None if dx is None else dx.view(shape), dw, db, None, None
+        return None if dx is None else dx.view(ctx.shape), dw, db, None, None
 
 
 def _forward(
@@ -128,22 +131,22 @@ def _forward(
 def _backward(
     ring: Ring,
     fqn: str,
-    x: torch.Tensor,
+    x: torch.Tensor | None,
     dy: torch.Tensor,
     weight: DTensor,
     needs_dx: bool,
-    needs_dw: bool,
 ) -> tuple[torch.Tensor | None, DTensor | None]:
-    home = weight._local_tensor
+    """``dx`` if it is needed, and ``dW`` if there is an ``x`` to make it of."""
+    home, needs_dw = weight._local_tensor, x is not None
     slots = 2 if not (needs_dx and needs_dw) else 4 if ring.overlap else 3
-    grid = _grid(weight, ring, weight.dtype if needs_dw else x.dtype, slots)
+    grid = _grid(weight, ring, weight.dtype if needs_dw else dy.dtype, slots)
     own = grid.shard(ring.rank)
-    dx = x.new_empty(x.shape) if needs_dx else None
+    dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs_dx else None
     dw = home.new_empty(home.shape) if needs_dw else None
     begun: set[int] = set()  # columns of the weight whose part of dx holds a sum already
     event = f"{fqn} backward ({'dx' if needs_dx else ''} {'dw' if needs_dw else ''})"
     with Rotation(ring, event, slots) as rotation:
-        weights, accumulators = Lane(rotation, x.dtype), Lane(rotation, weight.dtype)
+        weights, accumulators = Lane(rotation, dy.dtype), Lane(rotation, weight.dtype)
         for cell in grid.cells():
             at_home = grid.tile(ring.rank, cell).within(own)
             if needs_dx:
@@ -161,7 +164,7 @@ def _backward(
                         start = out if tile.col in begun else None
                         _add_product(start, dy[:, tile.rows], weights.tile, out=out)
                         begun.add(tile.col)
-                if dw is not None:
+                if dw is not None and x is not None:
                     if step.first:
                         accumulators.start(gaining.shape)
                     if gaining.numel:
@@ -170,7 +173,7 @@ def _backward(
                             dy[:, gaining.rows].t(),
                             x[:, gaining.cols],
                             out=dw[at_home] if step.last else accumulators.tile,
-                            scale=1 / ring.world_size if step.last else 1.0,
+                            scale=1 / ring.world_size,
                         )
             weights.release()
             accumulators.release()
@@ -194,9 +197,9 @@ def _grid(weight: DTensor, ring: Ring, dtype: torch.dtype, slots: int) -> TileGr
     """The weight cut so that a tile of ``dtype`` fits one of ``slots`` slots."""
     (placement,) = weight.placements
     assert isinstance(placement, Shard)
-    slot_bytes = ring.staging.slot_bytes(ring.staging.nbytes, slots)
     rows, cols = weight.shape
-    return TileGrid((rows, cols), placement.dim, ring.world_size, slot_bytes // dtype.itemsize)
+    max_numel = ring.staging.slot_bytes(slots) // dtype.itemsize
+    return TileGrid((rows, cols), placement.dim, ring.world_size, max_numel)
 
 
 def _add_product(
@@ -207,24 +210,20 @@ def _add_product(
     out: torch.Tensor,
     scale: float = 1.0,
 ) -> None:
-    """``out = scale * (start + a @ b)`` in one GEMM; ``start`` may be ``out`` itself.
+    """``out = start + scale * (a @ b)`` in one GEMM; ``start`` may be ``out`` itself.
 
     ``out`` may be wider than ``a`` and ``b`` (an fp32 accumulator of bf16 products): then the
     product is added in ``out``'s precision.
     """
+    # beta = 0 means that start is not read.
+    start, beta = (out, 0) if start is None else (start, 1)
     if out.dtype == a.dtype:
-        if start is None:
-            torch.mm(a, b, out=out)
+        torch.addmm(start, a, b, beta=beta, alpha=scale, out=out)
+    elif a.is_cuda and out.dtype == torch.float32:
+        torch.addmm(start, a, b, out_dtype=out.dtype, beta=beta, alpha=scale, out=out)
+    else:  # there is no GEMM with this wider result
+        product = torch.mm(a, b).to(out.dtype)
+        if beta == 0:
+            torch.mul(product, scale, out=out)
         else:
-            torch.addmm(start, a, b, beta=scale, alpha=scale, out=out)
-    elif a.is_cuda:
-        if start is None:
-            torch.mm(a, b, out_dtype=out.dtype, out=out)
-        else:
-            torch.addmm(start, a, b, out_dtype=out.dtype, beta=scale, alpha=scale, out=out)
-    else:  # the CPU has no GEMM with a wider result
-        product = torch.mm(a, b)
-        if start is None:
-            out.copy_(product)
-        else:
-            torch.add(start, product, out=out).mul_(scale)
+            torch.add(start, product, alpha=scale, out=out)

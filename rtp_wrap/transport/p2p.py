@@ -17,23 +17,20 @@ class PointToPoint:
         self._below = dist.get_global_rank(group, (rank - 1) % world_size)
         self._above = dist.get_global_rank(group, (rank + 1) % world_size)
 
-    def post(
-        self, hops: Iterable[tuple[torch.Tensor | None, torch.Tensor | None]], tag: int
-    ) -> list[dist.Work]:
+    def post(self, hops: Iterable[tuple[torch.Tensor, torch.Tensor]], tag: int) -> list[dist.Work]:
         """Start all ``(outgoing, incoming)`` hops together, and return what to wait for.
 
-        Buffers are contiguous; ``None`` or an empty one is not sent (both ends know the sizes).
-        ``tag`` (at least 0) tells this set of hops from others where the backend knows tags.
-        On CUDA the hops start after the work already queued on the current stream.
+        Buffers are contiguous; an empty one is not sent (both ends know the sizes). ``tag`` (at
+        least 0) tells this set of hops from others where the backend knows tags; each hop of the
+        set counts on from it. On CUDA the hops start after the work already queued on the current
+        stream.
         """
         operations = []
         for lane, (outgoing, incoming) in enumerate(hops):
-            if outgoing is not None and outgoing.numel():
-                operations.append(
-                    dist.P2POp(dist.isend, outgoing, self._below, self._group, tag + lane)
-                )
-            if incoming is not None and incoming.numel():
-                operations.append(
-                    dist.P2POp(dist.irecv, incoming, self._above, self._group, tag + lane)
-                )
+            for move, buffer, peer in (
+                (dist.isend, outgoing, self._below),
+                (dist.irecv, incoming, self._above),
+            ):
+                if buffer.numel():
+                    operations.append(dist.P2POp(move, buffer, peer, self._group, tag + lane))
         return dist.batch_isend_irecv(operations) if operations else []

@@ -22,12 +22,12 @@ class Staging:
         self._slots = {
             count: tuple(buffer.narrow(0, index * size, size) for index in range(count))
             for count in (2, 3, 4)
-            for size in [self.slot_bytes(nbytes, count)]
+            for size in [self.slot_bytes(count)]
         }
 
-    @classmethod
-    def slot_bytes(cls, nbytes: int, count: int) -> int:
-        return nbytes // count // cls.ALIGNMENT * cls.ALIGNMENT
+    def slot_bytes(self, count: int) -> int:
+        """The size of each of ``count`` slots."""
+        return self.nbytes // count // self.ALIGNMENT * self.ALIGNMENT
 
     def slots(self, count: int) -> tuple[torch.Tensor, ...]:
         """``count`` (2, 3 or 4) one-dimensional uint8 tensors that do not overlap."""
