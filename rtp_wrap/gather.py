@@ -32,7 +32,8 @@ def gather(parameter: DTensor, ring: Ring, fqn: str) -> torch.Tensor:
 
 def _whole(parameter: DTensor, ring: Ring, event: str) -> torch.Tensor:
     ring.begin(event)
-    with torch.no_grad():
+    # Not in inference mode, under which torch 2.11 cannot redistribute a DTensor.
+    with torch.inference_mode(False), torch.no_grad():
         whole: torch.Tensor = DTensor.full_tensor(parameter)
         return whole
 
@@ -193,12 +194,17 @@ class Gathered:
 
     def _is_cast(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is ``whole.to(another dtype)``: autocast makes such copies."""
+        if tensor.shape != self.whole.shape or tensor.stride() != self.whole.stride():
+            return False
         node = tensor.grad_fn
+        if node is not None:
+            made_by_cast = node.name() == "ToCopyBackward0"
+            return made_by_cast and node.next_functions[0][0] is self.whole.grad_fn
+        # Nothing tells where a copy of a frozen weight came from but what is in it.
         return (
-            node is not None
-            and node.name() == "ToCopyBackward0"
-            and node.next_functions[0][0] is self.whole.grad_fn
-            and tensor.stride() == self.whole.stride()
+            not self.whole.requires_grad
+            and tensor.dtype.is_floating_point
+            and torch.equal(tensor, self.whole.to(tensor.dtype))
         )
 
 

@@ -8,10 +8,11 @@ pair its hops with those of other layers: the wrong tiles, and no error.
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections import deque
 from datetime import timedelta
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,14 +31,28 @@ class OutOfStepError(RuntimeError):
     """Ranks ran different sites, or one of them left a rotation by an exception."""
 
 
+#: Of one rank: the occasion, how many events there were, and the latest ones.
+_Account = tuple[str, int, list[str]]
+
+
 class Lockstep:
     """The digest of one rank, comparable with those of the other ranks of ``group``."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self._group = _host_group(group)
         self._rank = group.rank()
         self._world_size = group.size()
+        if self._world_size > 1:
+            # A connection of its own, on the host: comparisons do not wait for a GPU, and ranks
+            # that are out of step in `group` still meet here. It is freed with this object, and
+            # unlike `new_group` it concerns nobody outside of `group`. Its name is new: ranks wrap
+            # models over a group in the same order.
+            serial = group.get_group_store().add(f"rtp_wrap/{self._rank}", 1)
+            self._store = dist.PrefixStore(f"rtp_wrap/{serial}", group.get_group_store())
+            self._host: Any = dist.ProcessGroupGloo(
+                self._store, self._rank, self._world_size, _timeout(group)
+            )
         self._count = 0
+        self._exchanges = 0
         self._history: deque[str] = deque(maxlen=HISTORY)
         self.digest = 0
 
@@ -57,69 +72,53 @@ class Lockstep:
         state = [self._count, self.digest, zlib.crc32(occasion.encode())]
         mine = torch.tensor(state, device="cpu")  # whatever the default device is
         states = [torch.empty_like(mine) for _ in range(self._world_size)]
-        accounts: list[tuple[str, int, list[str]]] = [("", 0, [])] * self._world_size
         try:
-            dist.all_gather(states, mine, group=self._group)
+            self._host.allgather([states], [mine]).wait()
             if all(torch.equal(state, mine) for state in states):
                 self._history.clear()
                 return
-            dist.all_gather_object(
-                accounts, (occasion, self._count, list(self._history)), group=self._group
-            )
+            accounts = self._exchange((occasion, self._count, list(self._history)))
         except RuntimeError as error:
-            last = f" after {self._history[-1]}" if self._history else ""
+            last = f" after {self._history[-1]!r}" if self._history else ""
+            self._give_up()
             raise OutOfStepError(
                 f"rank {self._rank} came to {occasion}{last}, but another rank did not come: it "
                 f"has raised, died, or runs something else; see its own error first. {remedy}"
             ) from error
-        raise OutOfStepError(f"ranks are out of step ({self._difference(accounts)}). {remedy}")
+        self._give_up()
+        raise OutOfStepError(f"ranks are out of step ({_difference(accounts)}). {remedy}")
 
-    def _difference(self, accounts: list[tuple[str, int, list[str]]]) -> str:
-        """The first event (by number) that is not the same on all ranks, and who did what."""
-        first = max(count - len(events) for _, count, events in accounts)
-        last = max(count for _, count, _ in accounts)
-        for number in range(first, last + 1):
-            did = [
-                events[number - (count - len(events))] if number < count else f"({occasion})"
-                for occasion, count, events in accounts
-            ]
-            if len(set(did)) > 1:
-                break
-        else:
-            did = [occasion for occasion, _, _ in accounts]
-        return ", ".join(f"rank {rank}: {what}" for rank, what in enumerate(did))
+    def _give_up(self) -> None:
+        """From here on ranks are out of step, even if they happen to do the same again."""
+        self.record(f"an OutOfStepError on rank {self._rank}")
+
+    def _exchange(self, account: _Account) -> list[_Account]:
+        """The accounts of all ranks. Once it was needed, it is needed at every comparison."""
+        self._exchanges += 1
+        keys = [f"account-{self._exchanges}-{rank}" for rank in range(self._world_size)]
+        self._store.set(keys[self._rank], json.dumps(account))
+        return [json.loads(self._store.get(key)) for key in keys]
 
 
-#: Made once per group: groups cannot be freed safely while ranks are at different places.
-_hosts: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
+def _difference(accounts: list[_Account]) -> str:
+    """The first event (by number) that is not the same on all ranks, and who did what."""
+    first = max(count - len(events) for _, count, events in accounts)
+    last = max(count for _, count, _ in accounts)
+    for number in range(first, last + 1):
+        did = [
+            events[number - (count - len(events))] if number < count else f"({occasion})"
+            for occasion, count, events in accounts
+        ]
+        if len(set(did)) > 1:
+            break
+    else:
+        did = [occasion for occasion, _, _ in accounts]
+    return ", ".join(f"rank {rank}: {what}" for rank, what in enumerate(did))
 
 
-def _host_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
-    """``group`` itself where it moves CPU tensors, else a Gloo group of the same ranks."""
-    backends = dict(
-        item.split(":") for item in dist.get_backend_config(group).split(",") if ":" in item
-    )
-    if backends.get("cpu") == "gloo":
-        return group
-    if group in _hosts:
-        return _hosts[group]
-    host = dist.new_group(
-        dist.get_process_group_ranks(group),
-        timeout=_timeout(group),
-        backend="gloo",
-        use_local_synchronization=True,
-        group_desc="rtp_wrap lockstep",
-    )
-    assert isinstance(host, dist.ProcessGroup)
-    _hosts[group] = host
-    return host
-
-
-def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+def _timeout(group: dist.ProcessGroup) -> timedelta:
     """The group's own timeout, so that nothing waits longer than the user allowed."""
-    try:
-        timeout = group._get_backend(torch.device("cuda")).options._timeout
-    except (AttributeError, RuntimeError):
-        return None  # not readable on this backend: torch's default
+    kind = "cuda" if "nccl" in str(dist.get_backend_config(group)) else "cpu"
+    timeout = group._get_backend(torch.device(kind)).options._timeout
     assert isinstance(timeout, timedelta)
     return timeout

@@ -63,7 +63,8 @@ class _AverageGradients(torch.autograd.Function):
             written.check()
         used = [index for index, grad in enumerate(grads) if grad is not None]
         # A rank that used others would average the wrong elements: part of what is compared.
-        ring.begin(f"average of {len(used)} gradients, {ctx.fqns[0]} and on {used}")
+        first = ctx.fqns[used[0]] if used else "none"
+        ring.begin(f"average of {len(used)} gradients, {first} and on {used}")
         results: list[DTensor | None] = [None] * len(grads)
         for bucket in _buckets([(index, _dense(grads[index])) for index in used]):
             for (index, _), mean in zip(bucket, _mean([g for _, g in bucket], ring), strict=True):
@@ -98,5 +99,8 @@ def _mean(grads: list[torch.Tensor], ring: Ring) -> list[torch.Tensor]:
     if ring.world_size > 1:
         dist.all_reduce(flat, group=ring.group)
         flat.div_(ring.world_size)
-    parts = flat.to(dtype).split([grad.numel() for grad in grads])
-    return [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)]
+    parts = flat.split([grad.numel() for grad in grads])
+    # Each in memory of its own: a DTensor with a storage offset has no deepcopy.
+    return [
+        part.to(dtype, copy=True).view(grad.shape) for part, grad in zip(parts, grads, strict=True)
+    ]

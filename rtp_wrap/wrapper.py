@@ -212,7 +212,10 @@ def _mesh(group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> DeviceMes
         hint = ": give it as mesh=" if isinstance(group, DeviceMesh) else ""
         raise TypeError(f"group is a {type(group).__name__}, not a ProcessGroup{hint}")
     on_cuda = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config(group))
-    return DeviceMesh.from_group(group, "cuda" if on_cuda else "cpu", mesh_dim_names=("rtp",))
+    # Named after the group: torch takes meshes of the same ranks and names for one, and remembers
+    # them, so that a DTensor could end up with the mesh of another (or a destroyed) group.
+    name = f"rtp:{group.group_name}"
+    return DeviceMesh.from_group(group, "cuda" if on_cuda else "cpu", mesh_dim_names=(name,))
 
 
 def _device(mesh: DeviceMesh, module: nn.Module, plans: list[ParameterPlan]) -> torch.device:

@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import nn
 
 import rtp_wrap.ops.linear
-from rtp_wrap import OutOfStepError, RotatedTensorParallel, ShardingPolicy
+from rtp_wrap import OutOfStepError, Replicate, RotatedTensorParallel, ShardingPolicy
 from tests.parity import FP64, compare_gradients, compare_weights, sgd
 from tests.ranks import DEVICE_TYPE, device, multi_world_sizes, run_ranks
 
-ROTATE = ShardingPolicy(replicate_below=0)
+# Only rotations communicate in forward: collectives of other sizes would abort in Gloo itself.
+ROTATE = ShardingPolicy(rules={"*.bias": Replicate()}, replicate_below=0)
 #: Seconds: what the group allows a rank to wait for another.
 TIMEOUT = 2.0
 
@@ -163,15 +164,26 @@ def _on_one_rank(number: int, inplace: bool, failing: int) -> tuple[float, list[
 
 
 @cpu_only
-@multi_world_sizes
-@pytest.mark.parametrize("inplace", [False, True], ids=["overlap", "inplace"])
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("world_size", "where", "inplace"),
+    [
+        (2, "backward", False),
+        (3, "forward", False),
+        (3, "forward", True),
+        (3, "backward", False),
+        (3, "backward", True),
+        (4, "forward", False),
+    ],
+)
 def test_an_exception_on_one_rank_is_an_error_on_the_others_in_time(
-    world_size: int, inplace: bool, where: str
+    world_size: int, where: str, inplace: bool
 ) -> None:
     forward = 3 * world_size
     number = world_size + 1 if where == "forward" else forward + 1
     outcomes = run_ranks(world_size, _on_one_rank, number, inplace, world_size - 1)
+    # The rank that raised does not touch the ring again before all ranks have compared; NCCL, which
+    # ignores tags, would pair its hops with those of another layer.
+    assert outcomes[-1][1][:2] == ["InjectedError", "OutOfStepError"]
     for rank, (first, errors) in enumerate(outcomes):
         assert "none" not in errors, f"rank {rank} had {errors}: it went on as if all were well"
         # The wait for a hop, and after it at most one for the comparison; the rest is load.
@@ -207,7 +219,7 @@ def _caught_outside(skip: int) -> str:
 
 
 @cpu_only
-@multi_world_sizes
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_a_rank_that_leaves_a_step_between_layers_is_an_error_everywhere(world_size: int) -> None:
     for message in run_ranks(world_size, _caught_outside, 0):
         assert message, "a rank went on as if all were well"

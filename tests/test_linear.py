@@ -227,9 +227,31 @@ def test_only_what_requires_gradients_gets_them(
         )  # fmt: skip
 
 
+def _of_transposed(y: torch.Tensor) -> torch.Tensor:
+    return y.transpose(0, 1).contiguous().sin().sum()
+
+
 @all_world_sizes
-def test_a_gradient_may_be_expanded(world_size: int) -> None:
-    run_ranks(world_size, _check_mean_of_gradients, "3-D", loss=torch.sum)
+@pytest.mark.parametrize("loss", [torch.sum, _of_transposed], ids=["expanded", "transposed"])
+def test_the_gradient_of_the_output_may_be(world_size: int, loss: Any) -> None:
+    run_ranks(world_size, _check_mean_of_gradients, "3-D", loss=loss)
+
+
+def _train_in_poisoned_memory() -> None:
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        assert torch.empty(1).isnan()
+        for dim in (0, 1):
+            _train((40, 11, 5), dim=dim, staging_bytes=TINY, steps=2)
+            _check_mean_of_gradients("empty on rank 0", dim=dim)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(DEVICE_TYPE != "cpu", reason="on CUDA the mode needs an environment variable")
+@all_world_sizes
+def test_memory_is_written_before_it_is_read(world_size: int) -> None:
+    run_ranks(world_size, _train_in_poisoned_memory)
 
 
 def _saved(frozen: bool) -> int:

@@ -627,9 +627,7 @@ def _check_batch_norm() -> None:
     dense = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
     dense.to(device(), torch.float64)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # what is to come instead is not in torch 2.11
+        warnings.simplefilter("ignore", FutureWarning)  # its successor is not in torch 2.11
         theirs = DistributedDataParallel(deepcopy(dense), broadcast_buffers=False)
     ours = RotatedTensorParallel(dense, policy=SHARDED)
     optimizers = sgd(theirs.parameters()), sgd(ours.parameters())

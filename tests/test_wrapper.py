@@ -63,6 +63,12 @@ class Model(nn.Module):
         self.blocks[0].norm.eval()
         return self
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Model:
+        """As modules do that keep tensors of their own, such as recurrent ones."""
+        super()._apply(fn, recurse)
+        self.conversions = getattr(self, "conversions", 0) + 1
+        return self
+
 
 def _models() -> tuple[Any, Any, torch.Tensor]:
     """A dense model in eval mode, the same wrapped, and an input."""
@@ -143,6 +149,9 @@ def _own_methods() -> None:
     wrapped.requires_grad_(True)
     for parameter in wrapped.parameters():
         parameter.grad = torch.zeros_like(parameter)
+    wrapped.conversions = 0
+    assert wrapped.double() is wrapped
+    assert wrapped.conversions == 1
     wrapped.zero_grad()
     assert all(parameter.grad is None for parameter in wrapped.parameters())
     assert wrapped.get_parameter("blocks.0.linear.weight") is wrapped.blocks[0].linear.weight

@@ -31,11 +31,11 @@ class Frame:
     frame.
     """
 
-    __slots__ = ("_adoption", "_around", "_frame", "_gathered", "_hooks", "_memo")
+    __slots__ = ("_adoption", "_around", "_gathered", "_hooks", "_joined", "_memo")
 
     def __init__(self, adoption: Adoption) -> None:
         self._adoption = adoption
-        self._frame = self
+        self._joined = False
         self._memo: dict[_Key, tuple[DTensor, torch.Tensor]] = {}
         self._gathered: list[Gathered] = []
         self._around: PackHooks | None = None
@@ -43,11 +43,10 @@ class Frame:
 
     def __enter__(self) -> None:
         stack: list[Frame] = self._adoption.ring.frames.stack
-        if stack and stack[-1]._adoption is self._adoption:
-            self._frame = stack[-1]
-        else:
+        self._joined = bool(stack) and stack[-1]._adoption is self._adoption
+        if not self._joined:
             self._around = hooks_in_force()
-        stack.append(self._frame)
+        stack.append(stack[-1] if self._joined else self)
 
     def __exit__(
         self,
@@ -56,7 +55,7 @@ class Frame:
         traceback: TracebackType | None,
     ) -> None:
         self._adoption.ring.frames.stack.pop()
-        if self._frame is not self:
+        if self._joined:
             return
         if self._hooks is not None:
             self._hooks.__exit__()

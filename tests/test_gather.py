@@ -1,0 +1,297 @@
+"""Gathered parameters: exact, averaged, sharded again, and careful."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))
+
+import rtp_wrap.gather
+from rtp_wrap import Gather, Replicate, RotatedTensorParallel
+from tests.parity import check_parity, compare_gradients, compare_weights, full, mean_square, sgd
+from tests.ranks import all_world_sizes, device, multi_world_sizes, run_ranks
+
+GATHERED = {"*": Gather()}
+REPLICATED = {"*": Replicate()}
+both = pytest.mark.parametrize("policy", [GATHERED, REPLICATED], ids=["gathered", "replicated"])
+
+
+class Mixed(nn.Module):
+    """Sizes that do not divide, dimensions smaller than the number of ranks, a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 7, 2)
+        self.middle = nn.Linear(7, 2)
+        self.bare = nn.Parameter(torch.randn(5, 2, 1))
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.unused = nn.Parameter(torch.ones(3, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.tanh(self.middle(torch.tanh(self.conv(x)).mT))  # [B, L, 2]
+        return (y.unsqueeze(1) @ self.bare).squeeze(-1) * self.scale  # [B, 5, L]
+
+
+def data(step: int, rank: int) -> tuple[torch.Tensor, ...]:
+    return (torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(100 * step + rank)),)
+
+
+def _pair(policy: Any) -> tuple[nn.Module, RotatedTensorParallel, torch.Tensor, torch.Tensor]:
+    """A dense model, a wrapped copy, the whole batch, and this rank's part."""
+    torch.manual_seed(0)
+    dense = Mixed().to(device(), torch.float64)
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
+    parts = [data(0, rank)[0].to(device(), torch.float64) for rank in range(dist.get_world_size())]
+    return dense, wrapped, torch.cat(parts), parts[dist.get_rank()]
+
+
+def _check_dims() -> None:
+    for dim in range(3):
+        last = check_parity(Mixed, data, policy={"conv.weight": Gather(dim), "bare": Gather(dim)})
+        for name in ("conv.weight", "bare"):
+            parameter = last.module.get_parameter(name)
+            assert parameter.placements == (Shard(dim),)
+            assert parameter.grad.placements == (Shard(dim),)
+            local = parameter.grad.to_local()
+            assert local.shape == parameter.to_local().shape
+            assert local.shape[dim] <= -(-parameter.shape[dim] // dist.get_world_size())
+
+
+@all_world_sizes
+def test_any_dimension_of_any_size_can_be_sharded(world_size: int) -> None:
+    run_ranks(world_size, _check_dims)
+
+
+def _check_partial_gradients(policy: Any) -> None:
+    dense, wrapped, everything, mine = _pair(policy)
+    names = [name for name, _ in dense.named_parameters() if name != "unused"]
+    for chosen in (names, ["conv.bias"], ["bare", "middle.weight"]):
+        expected = torch.autograd.grad(
+            mean_square(dense(everything)), [dense.get_parameter(name) for name in chosen]
+        )
+        actual = torch.autograd.grad(
+            mean_square(wrapped(mine)), [wrapped.module.get_parameter(name) for name in chosen]
+        )
+        for ours, theirs in zip(actual, expected, strict=True):
+            assert isinstance(ours, DTensor)
+            torch.testing.assert_close(full(ours), theirs)
+    assert all(parameter.grad is None for parameter in wrapped.parameters())
+
+
+@both
+@all_world_sizes
+def test_autograd_grad_gives_gradients_of_all_or_some(world_size: int, policy: Any) -> None:
+    run_ranks(world_size, _check_partial_gradients, policy)
+
+
+def _check_accumulation(policy: Any) -> None:
+    dense, wrapped, everything, mine = _pair(policy)
+    # Micro-batches, all forwards before all backwards; then one graph backward twice.
+    for reduction in (mean_square, lambda y: y.sum() * y.shape[0]):
+        dense.zero_grad()
+        wrapped.zero_grad()
+        for model, x in ((dense, everything), (wrapped, mine)):
+            losses = [mean_square(model(x * scale)) for scale in (1.0, -0.5, 2.0)]
+            for loss in losses:
+                loss.backward()
+            loss = mean_square(model(x))
+            loss.backward(retain_graph=True)
+            loss.backward()
+        compare_gradients(dense, wrapped, when=str(reduction))
+
+
+@both
+@all_world_sizes
+def test_gradients_accumulate_over_micro_batches_and_retained_graphs(
+    world_size: int, policy: Any
+) -> None:
+    run_ranks(world_size, _check_accumulation, policy)
+
+
+def _fused(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01, fused=True)
+
+
+#: Writes between a forward and its backward. ``parameter.data`` is beyond detection, as in torch.
+WRITES: dict[str, Callable[[RotatedTensorParallel], Any]] = {
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, foreach=False).step(),
+    "foreach": lambda model: torch.optim.Adam(model.parameters(), lr=0.1, foreach=True).step(),
+    "fused": lambda model: _fused(model.parameters()).step(),
+    "load_state_dict": lambda model: model.load_state_dict(
+        {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    ),
+    "in place": lambda model: [nn.init.zeros_(parameter) for parameter in model.parameters()],
+}
+
+
+def _check_writes(policy: Any) -> None:
+    for write in WRITES.values():
+        _, wrapped, _, mine = _pair(policy)
+        mean_square(wrapped(mine)).backward()
+        loss = mean_square(wrapped(mine))
+        write(wrapped)
+        with pytest.raises(RuntimeError, match=r"(bare|conv|middle|scale).* was written .*between"):
+            loss.backward()
+        mean_square(wrapped(mine)).backward()  # and all is well again
+
+
+@both
+@all_world_sizes
+def test_a_write_between_forward_and_backward_raises(world_size: int, policy: Any) -> None:
+    run_ranks(world_size, _check_writes, policy)
+
+
+def _check_double_backward(policy: Any) -> None:
+    _, wrapped, _, mine = _pair(policy)
+    x = mine.requires_grad_()
+    with pytest.raises(RuntimeError, match=r"(bare|conv|scale).*: double backward"):
+        torch.autograd.grad(wrapped(x).sum(), list(wrapped.parameters())[:2], create_graph=True)
+
+
+@both
+@all_world_sizes
+def test_double_backward_is_refused(world_size: int, policy: Any) -> None:
+    run_ranks(world_size, _check_double_backward, policy)
+
+
+def _check_low_precision(policy: Any) -> None:
+    torch.manual_seed(0)
+    exact = nn.Sequential(nn.Conv1d(8, 16, 3), nn.GELU(), nn.Conv1d(16, 8, 3)).to(device())
+    low = deepcopy(exact).bfloat16()
+    exact = deepcopy(low).double()  # of the same values
+    wrapped = RotatedTensorParallel(deepcopy(low), policy=policy)
+    generator = torch.Generator().manual_seed(1)
+    parts = torch.randn(dist.get_world_size(), 32, 8, 9, generator=generator).bfloat16()
+    parts = parts.to(device())
+    mean_square(exact(parts.double().flatten(0, 1))).backward()
+    mean_square(low(parts.flatten(0, 1)).float()).backward()
+    mean_square(wrapped(parts[dist.get_rank()]).float()).backward()
+    for name, parameter in wrapped.named_parameters():
+        truth = exact.get_parameter(name).grad
+        ours = (full(parameter.grad).double() - truth).norm() / truth.norm()
+        theirs = (low.get_parameter(name).grad.double() - truth).norm() / truth.norm()
+        # Rounded activations cost both the same. Then N gradients and their partial sums are
+        # rounded where the dense model rounds once: independently, by 2^-8 of the value at most.
+        assert ours <= theirs + dist.get_world_size() ** 0.5 * 2**-8, f"{name}: {ours}, {theirs}"
+
+
+@both
+@all_world_sizes
+def test_bfloat16_is_as_exact_as_in_the_dense_model(world_size: int, policy: Any) -> None:
+    run_ranks(world_size, _check_low_precision, policy)
+
+
+def _check_sparse(policy: Any) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Embedding(11, 5, sparse=True)).to(device(), torch.float64)
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
+    indices = torch.arange(4 * dist.get_world_size(), device=device()).remainder(7)
+    mean_square(dense(indices)).backward()
+    mean_square(wrapped(indices.chunk(dist.get_world_size())[dist.get_rank()])).backward()
+    dense[0].weight.grad = dense[0].weight.grad.to_dense()
+    compare_gradients(dense, wrapped)
+    sgd(dense.parameters()).step()
+    sgd(wrapped.parameters()).step()
+    compare_weights(dense, wrapped)
+
+
+@both
+@all_world_sizes
+def test_sparse_gradients_become_dense(world_size: int, policy: Any) -> None:
+    run_ranks(world_size, _check_sparse, policy)
+
+
+class Propagates(nn.Module):
+    """A sparse matrix is saved for backward, which has neither address nor strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        adjacency = torch.eye(len(x), dtype=x.dtype, device=x.device).mul(3).to_sparse()
+        return torch.sparse.mm(adjacency, x.flatten(1)[:, :6] @ self.weight)
+
+
+class Rotates(nn.Module):
+    """Complex weights, and conjugated views of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 3, dtype=torch.complex128))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(1)[:, :6].to(self.weight.dtype)
+        y = x @ self.weight @ self.weight.mH
+        return torch.view_as_real(y @ self.weight.conj())
+
+
+class Views(nn.Module):
+    """Saved views of a weight: transposed, sliced, expanded, diagonal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(F.linear(x, self.weight[:4]) @ self.weight.t()[1:5])
+        x = x * self.weight[2].expand_as(x) * self.weight.diagonal()
+        return x @ self.weight.view(3, 2, 6).transpose(0, 1).reshape(6, 6)[:, ::2]
+
+
+def _check_saved() -> None:
+    for build in (Propagates, Views):
+        check_parity(build, data, policy=GATHERED)
+    torch.manual_seed(0)
+    dense = Rotates().to(device())
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=GATHERED)
+    x = data(0, 0)[0].to(device(), torch.float64)
+    mean_square(dense(x)).backward()
+    mean_square(wrapped(x)).backward()
+    compare_gradients(dense, wrapped)
+
+
+@all_world_sizes
+def test_whatever_view_is_saved_comes_back(world_size: int) -> None:
+    run_ranks(world_size, _check_saved)
+
+
+def _check_gathers() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True, device=device())
+    wrapped = RotatedTensorParallel(attention, policy=GATHERED)
+    x = torch.randn(2, 3, 8, device=device(), requires_grad=True)
+    original = rtp_wrap.gather._whole
+    with patch.object(rtp_wrap.gather, "_whole", side_effect=original) as whole:
+        output, _ = wrapped(x, x + 1, x + 2)
+        assert whole.call_count == 4  # weight and bias, of in_proj and out_proj
+        output.sum().backward()
+        # Biases are not needed again; q, k and v save three views of in_proj's weight.
+        assert whole.call_count == 6
+
+
+@multi_world_sizes
+def test_a_module_gathers_once_forward_and_once_backward(world_size: int) -> None:
+    run_ranks(world_size, _check_gathers)
+
+
+def _check_lost_write() -> None:
+    embedding = nn.Embedding(11, 4, max_norm=0.1, device=device())
+    wrapped = RotatedTensorParallel(nn.Sequential(embedding), policy=GATHERED)
+    with pytest.raises(RuntimeError, match=r"0\.weight was written to by its module's forward"):
+        wrapped(torch.arange(5, device=device()))
+
+
+@multi_world_sizes
+def test_a_write_that_cannot_reach_the_home_shards_raises(world_size: int) -> None:
+    run_ranks(world_size, _check_lost_write)

@@ -1,0 +1,180 @@
+"""Ranks that are out of step get an error that names what each of them did."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from rtp_wrap import Gather, OutOfStepError, Replicate, RotatedTensorParallel, ShardingPolicy
+from rtp_wrap.lockstep import HISTORY, Lockstep
+from tests.ranks import DEVICE_TYPE, all_world_sizes, device, multi_world_sizes, run_ranks
+
+ROTATE = ShardingPolicy(replicate_below=0)
+
+
+def _group() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def _in_step() -> None:
+    lockstep = Lockstep(_group())
+    digests = {lockstep.digest}
+    for event in ("a", "b", "ab", "b"):
+        lockstep.record(event)
+        digests.add(lockstep.digest)
+        lockstep.verify("a test")
+    assert len(digests) == 5, "the digest is one of all events and their order"
+
+
+@all_world_sizes
+def test_ranks_in_step_go_on(world_size: int) -> None:
+    run_ranks(world_size, _in_step)
+
+
+def _message(events: dict[int, list[str]], occasions: dict[int, str]) -> str:
+    """What `verify` says if this rank (or -1: any other) had these events."""
+    rank = dist.get_rank()
+    lockstep = Lockstep(_group())
+    for event in events.get(rank, events[-1]):
+        lockstep.record(event)
+    try:
+        lockstep.verify(occasions.get(rank, occasions[-1]))
+    except OutOfStepError as error:
+        for _ in range(2):  # and it stays so
+            with pytest.raises(OutOfStepError):
+                lockstep.verify("a later occasion")
+        return str(error)
+    return ""
+
+
+SAME = {-1: "a step"}
+DIFFERENCES: list[tuple[dict[int, list[str]], dict[int, str], str, str]] = [
+    ({-1: ["a", "b", "c"], 1: ["a", "x", "c"]}, SAME, "b", "x"),
+    ({-1: ["a", "b"], 1: ["a", "b", "c"]}, SAME, "(a step)", "c"),
+    ({-1: ["a", "b"], 1: []}, SAME, "a", "(a step)"),
+    ({-1: ["a"]}, {-1: "a step", 1: "wrapping"}, "(a step)", "(wrapping)"),
+    ({-1: ["a"] * HISTORY + ["b"], 1: ["a"] * HISTORY + ["c"]}, SAME, "b", "c"),
+    ({-1: ["a"] * (HISTORY + 9), 1: ["a"] * HISTORY + ["c"] * 9}, SAME, "a", "c"),
+]
+
+
+@multi_world_sizes
+@pytest.mark.parametrize(("events", "occasions", "others", "second"), DIFFERENCES)
+def test_the_first_difference_is_named_with_the_ranks(
+    world_size: int,
+    events: dict[int, list[str]],
+    occasions: dict[int, str],
+    others: str,
+    second: str,
+) -> None:
+    for message in run_ranks(world_size, _message, events, occasions):
+        assert f"rank 0: {others}, rank 1: {second}" in message
+
+
+def _late() -> None:
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    lockstep = Lockstep(group)
+    lockstep.record("layers.0 forward")
+    if dist.get_rank() == 0:
+        with pytest.raises(
+            OutOfStepError, match=r"rank 0 came to a step after 'layers\.0 forward'.*did not come"
+        ):
+            lockstep.verify("a step")
+    dist.barrier()
+    dist.destroy_process_group(group)
+
+
+@multi_world_sizes
+def test_a_rank_that_does_not_come_is_an_error_after_the_groups_timeout(world_size: int) -> None:
+    run_ranks(world_size, _late)
+
+
+def _default_device() -> None:
+    lockstep = Lockstep(_group())
+    with torch.device("meta"):
+        lockstep.verify("a test")
+
+
+@multi_world_sizes
+def test_comparisons_are_on_the_host_whatever_the_default_device_is(world_size: int) -> None:
+    run_ranks(world_size, _default_device)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Linear(4, 4, bias=False)
+        self.right = nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: torch.Tensor, left: bool) -> torch.Tensor:
+        return self.left(x) if left else self.right(x)
+
+
+def _branches(how: str) -> str:
+    policy = {"*": Replicate()} if how == "replicate" else {"*": Gather()}
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    wrapped = RotatedTensorParallel(
+        Branching().to(device()), group, policy=ROTATE if how == "rotate" else policy
+    )
+    before = deepcopy([p._local_tensor for p in wrapped.parameters()])  # type: ignore[attr-defined]
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
+    x = torch.ones(2, 4, device=device())
+    message = ""
+    try:
+        wrapped(x, left=dist.get_rank() != 1).sum().backward()
+        optimizer.step()
+    except RuntimeError as error:
+        message = f"{type(error).__name__}: {error}"
+    for parameter, value in zip(wrapped.parameters(), before, strict=True):
+        assert torch.equal(parameter._local_tensor, value)  # type: ignore[attr-defined]
+    dist.destroy_process_group(group)
+    return message
+
+
+@multi_world_sizes
+@pytest.mark.parametrize("how", ["replicate", "gather"])
+def test_ranks_of_different_branches_get_an_error_at_the_optimizer_that_names_both_layers(
+    world_size: int, how: str
+) -> None:
+    for message in run_ranks(world_size, _branches, how):
+        assert message.startswith("OutOfStepError: ranks are out of step (rank 0: ")
+        assert "left.weight" in message.split("rank 1")[0]
+        assert "right.weight" in message.split("rank 1")[1].split("rank 2")[0]
+
+
+@pytest.mark.skipif(DEVICE_TYPE == "cuda", reason="NCCL ends a process that waits too long")
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_of_different_rotations_get_an_error_that_names_their_layer(world_size: int) -> None:
+    for rank, message in enumerate(run_ranks(world_size, _branches, "rotate")):
+        assert ("right forward" if rank == 1 else "left forward") in message
+
+
+def _skipped_step() -> None:
+    """A rank that does not step is noticed when the others have waited for it."""
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    wrapped: Any = RotatedTensorParallel(
+        nn.Linear(4, 4, bias=False).to(device()), group, policy=ROTATE
+    )
+    wrapped(torch.ones(2, 4, device=device())).sum().backward()
+    if dist.get_rank() == 0:
+        with pytest.raises(OutOfStepError, match="rank 0 came to an optimizer step"):
+            torch.optim.SGD(wrapped.parameters(), lr=1.0).step()
+    dist.barrier()
+    dist.destroy_process_group(group)
+
+
+@multi_world_sizes
+def test_an_optimizer_step_that_one_rank_skips_is_an_error_on_the_others(world_size: int) -> None:
+    run_ranks(world_size, _skipped_step)
