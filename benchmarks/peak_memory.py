@@ -166,7 +166,7 @@ def main() -> None:
         Model(shape), inplace=arguments.inplace, policy=ShardingPolicy(staging_bytes=staging)
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    prediction = predict(model, shape, min(staging, model.staging_bytes))
+    prediction = predict(model, shape, model.staging_bytes)
     generator = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randint(shape.vocab, (shape.tokens + 1,), generator=generator).to(device)
     for step in range(arguments.steps):

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from rtp_wrap.home import settle, settle_buffer
 from rtp_wrap.modules import Adopted, Adoption, adopt, form_of
 from rtp_wrap.plan import ParameterPlan, plan_parameters
-from rtp_wrap.policy import Ignore, Replicate, Rotate, Rules, ShardingPolicy, Strategy
+from rtp_wrap.policy import Ignore, Rotate, Rules, ShardingPolicy, Strategy
 from rtp_wrap.ring import Ring, retire, was_retired
 from rtp_wrap.shard import TileGrid
 from rtp_wrap.transport import Staging
@@ -100,9 +100,16 @@ class RotatedTensorParallel(nn.Module):
         super().__init__()
         for name in (*_SHARED, "module"):
             vars(self)[name] = vars(module).get(name, module)
+        vars(self)["_ring"] = ring
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
+
+    @property
+    def staging_bytes(self) -> int:
+        """Memory for tiles in flight, in bytes on this rank: all layers' together, and constant."""
+        ring: Ring = vars(self)["_ring"]
+        return ring.staging.nbytes
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -292,13 +299,6 @@ def _adopt(module: nn.Module, plans: list[ParameterPlan], ring: Ring) -> None:
             if not isinstance(use.strategy, Ignore):
                 strategies.setdefault(use.module, {})[use.name] = use.strategy
     for fqn, inner in module.named_modules():
-        below = [each for each in inner.modules() if each in strategies]
-        if below:
-            replicas = [
-                (each, name)
-                for each in below
-                for name, strategy in strategies[each].items()
-                if isinstance(strategy, Replicate)
-            ]
-            adoption = Adoption(ring, fqn, strategies.get(inner, {}), replicas)
+        if any(each in strategies for each in inner.modules()):
+            adoption = Adoption(ring, fqn, strategies.get(inner, {}))
             adopt(inner, adoption, form_of(inner, adoption))

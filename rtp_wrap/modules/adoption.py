@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from rtp_wrap.modules.frame import Frame, read
 from rtp_wrap.policy import Strategy
@@ -24,29 +23,14 @@ from rtp_wrap.ring import Ring
 
 @dataclass(frozen=True)
 class Adoption:
-    """What an adopted module knows: its ring, its fqn and what becomes of its own parameters.
-
-    ``replica_owners`` are the modules at and below this one that have replicated parameters, with
-    the parameters' names.
-    """
+    """What an adopted module knows: its ring, its fqn and what becomes of its own parameters."""
 
     ring: Ring
     fqn: str
     strategies: dict[str, Strategy]
-    replica_owners: list[tuple[nn.Module, str]]
 
     def name(self, parameter: str) -> str:
         return f"{self.fqn}.{parameter}" if self.fqn else parameter
-
-    def replicas(self) -> dict[str, DTensor]:
-        """The replicated parameters at and below the module, by fqn, tied ones once."""
-        found: dict[int, tuple[str, DTensor]] = {}
-        for owner, name in self.replica_owners:
-            parameter = owner._parameters.get(name)
-            adoption = vars(owner)["_adoption"]
-            if isinstance(parameter, DTensor):
-                found.setdefault(id(parameter), (adoption.name(name), parameter))
-        return dict(found.values())
 
 
 class Adopted(nn.Module):
@@ -58,13 +42,15 @@ class Adopted(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._adoption is None:
             return super().__call__(*args, **kwargs)
-        with Frame(self._adoption):  # hooks and a ``forward`` patched into the object are inside
+        with Frame(
+            self, self._adoption
+        ):  # hooks and a ``forward`` patched into the object are inside
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._adoption is None:
             return super().forward(*args, **kwargs)
-        with Frame(self._adoption):
+        with Frame(self, self._adoption):
             return super().forward(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

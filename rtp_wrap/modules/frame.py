@@ -31,10 +31,10 @@ class Frame:
     frame.
     """
 
-    __slots__ = ("_adoption", "_around", "_gathered", "_hooks", "_joined", "_memo")
+    __slots__ = ("_adoption", "_around", "_gathered", "_hooks", "_joined", "_memo", "_module")
 
-    def __init__(self, adoption: Adoption) -> None:
-        self._adoption = adoption
+    def __init__(self, module: nn.Module, adoption: Adoption) -> None:
+        self._module, self._adoption = module, adoption
         self._joined = False
         self._memo: dict[_Key, tuple[DTensor, torch.Tensor]] = {}
         self._gathered: list[Gathered] = []
@@ -43,7 +43,7 @@ class Frame:
 
     def __enter__(self) -> None:
         stack: list[Frame] = self._adoption.ring.frames.stack
-        self._joined = bool(stack) and stack[-1]._adoption is self._adoption
+        self._joined = bool(stack) and stack[-1]._module is self._module
         if not self._joined:
             self._around = hooks_in_force()
         stack.append(stack[-1] if self._joined else self)
@@ -80,7 +80,7 @@ class Frame:
     def replicated(self, parameter: DTensor, fqn: str) -> torch.Tensor:
         key = _key(parameter)
         if key not in self._memo:
-            below = self._adoption.replicas()
+            below = _replicas(self._module)
             named = below if any(p is parameter for p in below.values()) else {fqn: parameter}
             plain = replicated(list(named.values()), self._adoption.ring, list(named))
             for each, tensor in zip(named.values(), plain, strict=True):
@@ -100,6 +100,18 @@ class Frame:
             hooks = RegatherHooks(self._gathered, self._around)
             self._hooks = saved_tensors_hooks(hooks.pack, hooks.unpack)
             self._hooks.__enter__()
+
+
+def _replicas(module: nn.Module) -> dict[str, DTensor]:
+    """The replicated parameters at and below ``module``, by fqn, tied ones once."""
+    found: dict[int, tuple[str, DTensor]] = {}
+    for each in module.modules():
+        adoption = vars(each).get("_adoption")
+        for name, strategy in adoption.strategies.items() if adoption else ():
+            parameter = each._parameters.get(name)
+            if isinstance(strategy, Replicate) and isinstance(parameter, DTensor):
+                found.setdefault(id(parameter), (adoption.name(name), parameter))
+    return dict(found.values())
 
 
 def _key(parameter: DTensor) -> _Key:

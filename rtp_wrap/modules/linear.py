@@ -24,7 +24,7 @@ class RotatedLinear(Adopted):
         weight = self._parameters["weight"]
         assert isinstance(weight, DTensor)
         fqn = adoption.fqn or "the root nn.Linear"
-        with Frame(adoption):
+        with Frame(self, adoption):
             return rotated_linear(input, weight, self.bias, adoption.ring.key, fqn)
 
     def extra_repr(self) -> str:

@@ -20,12 +20,20 @@ class AdoptedRecurrent(Adopted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._adoption is None:
             return super().forward(*args, **kwargs)
-        with Frame(self._adoption):
-            self.flatten_parameters()  # cuDNN wants the gathered weights in one piece
-            return super(Adopted, self).forward(*args, **kwargs)
+        with Frame(self, self._adoption):
+            # Read once: what reads as a plain tensor under no_grad, as in `flatten_parameters`, is
+            # another one than outside.
+            vars(self)["_whole_weights"] = self._flat_weights
+            try:
+                self.flatten_parameters()  # cuDNN wants the gathered weights in one piece
+                return super(Adopted, self).forward(*args, **kwargs)
+            finally:
+                del vars(self)["_whole_weights"]
 
     @property
     def _flat_weights(self) -> list[Any]:
+        if "_whole_weights" in vars(self):
+            return vars(self)["_whole_weights"]
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
