@@ -148,6 +148,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     written = [p for p in _our_parameters(optimizer) if p.grad is not None]
     if written:
         torch.autograd.graph.increment_version(written)
+        # What autograd saved of a replicated parameter shares the version of its local tensor.
+        torch.autograd.graph.increment_version([p._local_tensor for p in written])
 
 
 def _our_parameters(optimizer: Optimizer) -> Iterator[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -242,6 +243,27 @@ def test_hooks_around_the_model_are_asked(world_size: int) -> None:
     run_ranks(world_size, _check_hooks)
 
 
+def _check_all_seen() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(4, 5, 1), nn.Tanh(), nn.Conv1d(5, 3, 1), nn.Tanh(), nn.Linear(6, 2)]
+    dense = nn.Sequential(*layers).to(device(), torch.float64)
+    x = batch(0, 0)[0].to(device(), torch.float64)
+    weights = {parameter.numel() for parameter in dense.parameters()}
+    assert not weights & {x.numel(), x.numel() * 5 // 4, x.numel() * 3 // 4}, "tell them apart"
+    seen = []
+    for model in (dense, RotatedTensorParallel(deepcopy(dense), policy=POLICIES["gathered"])):
+        observer = Observer()
+        with torch.autograd.graph.saved_tensors_hooks(observer.pack, observer.unpack):
+            mean_square(model(x)).backward()
+        seen.append(sorted(numel for numel in observer.seen if numel not in weights))
+    assert seen[0] == seen[1]
+
+
+@multi_world_sizes
+def test_hooks_around_see_every_activation_of_a_gathered_module(world_size: int) -> None:
+    run_ranks(world_size, _check_all_seen)
+
+
 class HooksInside(nn.Module):
     """Hooks entered inside a forward, before and after it first reads its weight."""
 
@@ -257,8 +279,10 @@ class HooksInside(nn.Module):
         else:  # torch refuses to disable hooks where some are in force already
             with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
                 x = torch.tanh(self.conv(x))
+        before = torch._C._autograd._top_saved_tensors_default_hooks(False)
         with _doubling():
             x = torch.tanh(self.conv(x @ self.weight))
+        assert torch._C._autograd._top_saved_tensors_default_hooks(False) == before
         return torch.tanh(x @ self.weight)
 
 

@@ -42,9 +42,8 @@ class Adopted(nn.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._adoption is None:
             return super().__call__(*args, **kwargs)
-        with Frame(
-            self, self._adoption
-        ):  # hooks and a ``forward`` patched into the object are inside
+        # Around hooks, too, and around a ``forward`` that was patched into the object.
+        with Frame(self, self._adoption):
             return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

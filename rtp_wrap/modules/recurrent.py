@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from rtp_wrap.modules.adoption import Adopted
+from rtp_wrap.modules.adoption import Adopted, Adoption
 from rtp_wrap.modules.frame import Frame
+from rtp_wrap.policy import Gather
 
 
 class AdoptedRecurrent(Adopted):
@@ -18,9 +21,18 @@ class AdoptedRecurrent(Adopted):
     flatten_parameters: Callable[[], None]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._adoption is None:
+        adoption = self._adoption
+        if adoption is None:
             return super().forward(*args, **kwargs)
-        with Frame(self, self._adoption):
+        sharded = any(isinstance(each, Gather) for each in adoption.strategies.values())
+        if sharded and adoption.ring.device.type == "cuda" and torch.is_grad_enabled():
+            # cuDNN keeps a packed copy of the whole weights for backward. It is dropped, and made
+            # again by another forward when backward comes: memory before time, as everywhere here.
+            return checkpoint(self._run, adoption, *args, use_reentrant=False, **kwargs)
+        return self._run(adoption, *args, **kwargs)
+
+    def _run(self, adoption: Adoption, *args: Any, **kwargs: Any) -> Any:
+        with Frame(self, adoption):
             # Read once: what reads as a plain tensor under no_grad, as in `flatten_parameters`, is
             # another one than outside.
             vars(self)["_whole_weights"] = self._flat_weights
