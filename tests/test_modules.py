@@ -49,7 +49,7 @@ WRAPPINGS: dict[str, dict[str, Any]] = {
 THOROUGH = float(os.environ.get("RTP_TEST_EXAMPLES", "1")) > 1
 SELECTED = {
     1: ["everything sharded"],
-    2: ["default", "everything gathered", "tiny staging", "in place"],
+    2: ["default", "everything gathered", "in place"],
     3: ["everything sharded"],
     4: ["tiny staging"],
 }

@@ -28,13 +28,22 @@ class Frame:
     Within it, gathered parameters read as whole plain tensors, made once per frame and gone with
     it; replicated ones as plain tensors made once for the outermost frame's whole subtree. A frame
     inside one of the same module (``__call__`` has one for the hooks, ``forward`` its own) is that
-    frame.
+    frame. ``regather=False`` leaves what autograd saves of gathered weights to the hooks around.
     """
 
-    __slots__ = ("_adoption", "_around", "_gathered", "_hooks", "_joined", "_memo", "_module")
+    __slots__ = (
+        "_adoption",
+        "_around",
+        "_gathered",
+        "_hooks",
+        "_joined",
+        "_memo",
+        "_module",
+        "_regather",
+    )
 
-    def __init__(self, module: nn.Module, adoption: Adoption) -> None:
-        self._module, self._adoption = module, adoption
+    def __init__(self, module: nn.Module, adoption: Adoption, regather: bool = True) -> None:
+        self._module, self._adoption, self._regather = module, adoption, regather
         self._joined = False
         self._memo: dict[_Key, tuple[DTensor, torch.Tensor]] = {}
         self._gathered: list[Gathered] = []
@@ -93,7 +102,7 @@ class Frame:
         Not inside somebody else's hooks that were entered in this forward: they will be left before
         ours, and a stack has one order.
         """
-        if self._hooks is not None or not torch.is_grad_enabled():
+        if self._hooks is not None or not self._regather or not torch.is_grad_enabled():
             return
         disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
         if disabled is None and hooks_in_force() == self._around:

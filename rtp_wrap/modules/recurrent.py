@@ -28,11 +28,11 @@ class AdoptedRecurrent(Adopted):
         if sharded and adoption.ring.device.type == "cuda" and torch.is_grad_enabled():
             # cuDNN keeps a packed copy of the whole weights for backward. It is dropped, and made
             # again by another forward when backward comes: memory before time, as everywhere here.
-            return checkpoint(self._run, adoption, *args, use_reentrant=False, **kwargs)
-        return self._run(adoption, *args, **kwargs)
+            return checkpoint(self._run, adoption, False, *args, use_reentrant=False, **kwargs)
+        return self._run(adoption, True, *args, **kwargs)
 
-    def _run(self, adoption: Adoption, *args: Any, **kwargs: Any) -> Any:
-        with Frame(self, adoption):
+    def _run(self, adoption: Adoption, regather: bool, *args: Any, **kwargs: Any) -> Any:
+        with Frame(self, adoption, regather):
             # Read once: what reads as a plain tensor under no_grad, as in `flatten_parameters`, is
             # another one than outside.
             vars(self)["_whole_weights"] = self._flat_weights
