@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from rtp_wrap.modules.adoption import Adopted, AdoptedParameterList, Adoption, adopt
+from rtp_wrap.modules.adopted import Adopted, AdoptedParameterList, adopt
+from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.frame import Frame
 from rtp_wrap.modules.linear import RotatedLinear, is_rotatable_linear
 from rtp_wrap.modules.recurrent import AdoptedRecurrent, is_recurrent

@@ -1,22 +1,9 @@
-"""Adoption: an existing module becomes a sharded one, in place.
-
-``adopt`` changes the module's class to a subclass of the original one. The object, its hooks, its
-attributes, references to it and ``isinstance`` stay as they were. In the subclass the managed
-parameters are properties: inside a forward they read as plain tensors (see ``frame``), elsewhere as
-the DTensor parameters that they are.
-"""
+"""The record that an adopted module carries."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
 
-import torch
-from torch import nn
-
-from rtp_wrap.modules.frame import Frame, read
 from rtp_wrap.policy import Strategy
 from rtp_wrap.ring import Ring
 
@@ -31,112 +18,3 @@ class Adoption:
 
     def name(self, parameter: str) -> str:
         return f"{self.fqn}.{parameter}" if self.fqn else parameter
-
-
-class Adopted(nn.Module):
-    """Mixed in before the original class."""
-
-    #: None for what the class makes of itself later: a slice of an ``nn.Sequential``, for one.
-    _adoption: Adoption | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._adoption is None:
-            return super().__call__(*args, **kwargs)
-        # Around hooks, too, and around a ``forward`` that was patched into the object.
-        with Frame(self, self._adoption):
-            return super().__call__(*args, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._adoption is None:
-            return super().forward(*args, **kwargs)
-        with Frame(self, self._adoption):
-            return super().forward(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles name the original class: the adopted one is made, not importable."""
-        _, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
-        mixin, original = type(self).__bases__
-        names = frozenset(self._adoption.strategies) if self._adoption else frozenset()
-        return _new_adopted, (mixin, original, names, *arguments[1:]), *state
-
-
-class AdoptedParameterList(Adopted):
-    """An ``nn.ParameterList``, whose slices would make new parameters of what was gathered."""
-
-    __iter__: Callable[[], Iterator[Any]]
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice) and self._adoption and self._adoption.ring.frames.stack:
-            return list(self)[index]
-        return super().__getitem__(index)  # type: ignore[misc]
-
-
-def adopt(module: nn.Module, adoption: Adoption, mixin: type[Adopted] = Adopted) -> None:
-    """Make ``module`` an instance of its class and of ``mixin``, in place."""
-    if isinstance(module, torch.jit.ScriptModule):
-        raise TypeError(
-            f"{adoption.fqn or 'the model'} is a TorchScript module, whose forward cannot see "
-            f"sharded parameters: wrap the Python module it was made from, or Ignore() it"
-        )
-    original = type(module)
-    names = frozenset(adoption.strategies)
-    module.__class__ = _adopted_class(mixin, original, names)  # type: ignore[arg-type]
-    for name, member in vars(mixin).items():
-        if isinstance(member, property):
-            vars(module).pop(name, None)  # what the property replaces would stay alive, unread
-    vars(module)["_adoption"] = adoption
-
-
-@functools.cache
-def _adopted_class(mixin: Any, original: Any, names: frozenset[str]) -> type[nn.Module]:
-    # Its forward keeps the original's signature, which libraries inspect.
-    forward = functools.wraps(original.forward)(_forward_of(mixin))
-    members: dict[str, Any] = {
-        name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")
-    }
-    members["forward"] = forward
-    members.update({name: _parameter(name) for name in names})
-    return type(original.__name__, (mixin, original), members)
-
-
-def _forward_of(mixin: type[Adopted]) -> Any:
-    def forward(self: Adopted, *args: Any, **kwargs: Any) -> Any:
-        return mixin.forward(self, *args, **kwargs)
-
-    return forward
-
-
-def _new_adopted(
-    mixin: type[Adopted], original: type[nn.Module], names: frozenset[str], *arguments: Any
-) -> nn.Module:
-    adopted = _adopted_class(mixin, original, names)  # type: ignore[arg-type]
-    return adopted.__new__(adopted, *arguments)
-
-
-def _parameter(name: str) -> property:
-    """A managed parameter as an attribute of the class.
-
-    ``nn.Module`` handles assignment and deletion of parameters before a property is asked, so the
-    setter only sees what replaces a deleted parameter (old-style weight norm does that).
-    """
-
-    def get(self: Adopted) -> Any:
-        if name in self._parameters:
-            parameter = self._parameters[name]
-            if parameter is None:
-                return None
-            adoption = self._adoption
-            if adoption is None:
-                return parameter
-            return read(parameter, adoption.strategies[name], adoption, adoption.name(name))
-        if name in vars(self):
-            return vars(self)[name]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def put(self: Adopted, value: Any) -> None:
-        vars(self)[name] = value
-
-    def delete(self: Adopted) -> None:
-        del vars(self)[name]
-
-    return property(get, put, delete)

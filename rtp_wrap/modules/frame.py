@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,11 +11,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.gather import Gathered, PackHooks, RegatherHooks, gather, hooks_in_force
+from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.policy import Replicate, Strategy
 from rtp_wrap.replicate import replicated
-
-if TYPE_CHECKING:
-    from rtp_wrap.modules.adoption import Adoption
 
 #: A parameter as it reads in one autograd mode: a plain tensor made under ``no_grad`` must not be
 #: read where gradients are wanted, nor one of ``inference_mode`` outside it.

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.modules.adoption import Adopted
+from rtp_wrap.modules.adopted import Adopted
 from rtp_wrap.modules.frame import Frame
 from rtp_wrap.ops import rotated_linear
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from rtp_wrap.modules.adoption import Adopted, Adoption
+from rtp_wrap.modules.adopted import Adopted
+from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.frame import Frame
 from rtp_wrap.policy import Gather
 
