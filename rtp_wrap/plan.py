@@ -139,10 +139,10 @@ class _Rules:
             self._matched[match].append(_join(module_fqn, name))
             if isinstance(strategy, Rotate):
                 if not rotatable:
-                    break
+                    continue  # the rule is for others: a bias beside its weight, say
                 self._rotated.add(match)
             if isinstance(strategy, Gather) and parameter.dim() == 0:
-                break
+                continue
             return strategy, _name(match)
         if parameter.dim() == 0:
             return Replicate(), "scalar"

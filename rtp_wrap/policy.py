@@ -70,7 +70,7 @@ class ShardingPolicy:
         (``"layers.*.mlp"``) is held against the parameter's own fqn and those of the modules
         around it, a type and a predicate against the modules around it: naming a module names all
         of its parameters. ``Rotate`` takes those that have a rotated form (today the weight of
-        ``nn.Linear``) and leaves the others, such as biases, to the default.
+        ``nn.Linear``) and leaves the others, such as biases, to later rules or the default.
     ``replicate_below``
         in elements: without a rule, a smaller parameter is replicated. Larger ones are rotated
         where a rotated form exists, else gathered.

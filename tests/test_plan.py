@@ -137,6 +137,12 @@ def test_rotate_leaves_what_has_no_rotated_form_to_the_default() -> None:
     assert homes["scale"] == Replicate()
 
 
+def test_rotate_leaves_what_has_no_rotated_form_to_later_rules() -> None:
+    homes = _homes(Model(), {nn.Linear: Rotate(1), "*.bias": Ignore()})
+    assert homes["head.weight"] == Rotate(1)
+    assert homes["head.bias"] == Ignore()
+
+
 def test_a_scalar_cannot_be_gathered_and_is_replicated() -> None:
     assert _homes(Model(), {"*": Gather()})["scale"] == Replicate()
 
