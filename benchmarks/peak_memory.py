@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from rtp_wrap import RotatedTensorParallel, ShardingPolicy
 
@@ -123,13 +122,13 @@ class Prediction:
         return max(self.start_of_backward, self.end_of_backward, self.optimizer)
 
 
-def predict(model: RotatedTensorParallel, shape: Shape, staging: int) -> Prediction:
+def predict(model: RotatedTensorParallel, shape: Shape) -> Prediction:
     """What one rank allocates for parameters, Adam's two moments and the step's transients."""
-    home = sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in model.parameters())
+    home = sum(parameter.to_local().nbytes for parameter in model.parameters())
     item = next(model.parameters()).itemsize
     logits = shape.tokens * shape.vocab * item
     embedding = shape.vocab * shape.dim * item
-    resting = 3 * home + staging
+    resting = 3 * home + model.staging_bytes
     return Prediction(
         resting=resting,
         start_of_backward=resting + shape.saved(item) + 2 * logits,
@@ -161,12 +160,10 @@ def main() -> None:
     before = torch.cuda.memory_allocated() if cuda else 0
 
     torch.set_default_dtype(torch.bfloat16)
-    staging = arguments.staging_mib * MIB
-    model = RotatedTensorParallel(
-        Model(shape), inplace=arguments.inplace, policy=ShardingPolicy(staging_bytes=staging)
-    )
+    policy = ShardingPolicy(staging_bytes=arguments.staging_mib * MIB)
+    model = RotatedTensorParallel(Model(shape), inplace=arguments.inplace, policy=policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    prediction = predict(model, shape, model.staging_bytes)
+    prediction = predict(model, shape)
     generator = torch.Generator().manual_seed(dist.get_rank())
     tokens = torch.randint(shape.vocab, (shape.tokens + 1,), generator=generator).to(device)
     for step in range(arguments.steps):

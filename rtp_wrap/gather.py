@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Partial
 
+from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.ring import Ring, resolve
 from rtp_wrap.written import WriteCheck
 
@@ -49,11 +50,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor, None, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{ctx.fqn}: double backward (create_graph=True) is not supported by sharded "
-                f"layers; Ignore() in the policy leaves a layer's parameters out"
-            )
+        refuse_double_backward(ctx.fqn)
         ctx.written.check()
         ring: Ring = ctx.ring
         ring.begin(f"{ctx.fqn} reduce-scatter")

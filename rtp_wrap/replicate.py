@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.ring import Ring, resolve
 from rtp_wrap.written import WriteCheck
 
@@ -53,12 +54,8 @@ class _AverageGradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[DTensor | None, ...]:
+        refuse_double_backward(ctx.fqns[0])
         ring: Ring = ctx.ring
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{ctx.fqns[0]}: double backward (create_graph=True) is not supported by "
-                f"replicated parameters; Ignore() in the policy leaves a layer's parameters out"
-            )
         for written in ctx.written:
             written.check()
         used = [index for index, grad in enumerate(grads) if grad is not None]

@@ -9,6 +9,7 @@ nothing) are then one case: the rectangles differ, the arithmetic of the product
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ class Tile:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TileGrid:
     """How a sharded weight is cut into tiles of at most ``max_numel`` elements.
 
@@ -79,7 +80,7 @@ class TileGrid:
             return Tile(*extent(rows, self.world_size, owner), 0, cols)
         return Tile(0, rows, *extent(cols, self.world_size, owner))
 
-    @property
+    @functools.cached_property  # every tile of every step asks
     def cell(self) -> tuple[int, int]:
         """Rows and columns of a cell: whole rows if one fits, balanced so that none is a sliver."""
         rows, cols = self.shard(0).shape  # owner 0 has the largest shard

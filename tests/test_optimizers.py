@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap import Gather, Replicate, RotatedTensorParallel, ShardingPolicy
+from tests.data import batch, own_batch, whole_batch
 from tests.parity import FP64, check_parity, compare_gradients, compare_weights, full
 from tests.ranks import all_world_sizes, device, multi_world_sizes, run_ranks
 
@@ -29,20 +30,6 @@ POLICY = ShardingPolicy(
 
 def _build() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.LayerNorm(7), nn.Linear(7, 5))
-
-
-def _batch(step: int, rank: int) -> tuple[torch.Tensor]:
-    generator = torch.Generator().manual_seed(10 * step + rank)
-    return (torch.randn(4, 6, generator=generator, dtype=torch.float64),)
-
-
-def _whole(step: int) -> torch.Tensor:
-    parts = [_batch(step, rank)[0] for rank in range(dist.get_world_size())]
-    return torch.cat(parts).to(device())
-
-
-def _own(step: int) -> torch.Tensor:
-    return _batch(step, dist.get_rank())[0].to(device())
 
 
 def _pair(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, RotatedTensorParallel]:
@@ -85,7 +72,7 @@ def _optimizers(name: str) -> None:
             # Adam and its kin divide by the root of squares, which doubles relative errors of
             # small gradients a few times: six digits more than needed remain.
             tolerance = {"rtol": 1e-7, "atol": 1e-9}
-            check_parity(_build, _batch, optimizer=optimizer, policy=POLICY, tolerance=tolerance)
+            check_parity(_build, batch, optimizer=optimizer, policy=POLICY, tolerance=tolerance)
         except Exception as error:
             raise AssertionError(str(optimizer)) from error
 
@@ -100,7 +87,7 @@ def _state() -> None:
     """The optimizer's state is as sharded as the parameters."""
     _, wrapped = _pair()
     optimizer = torch.optim.AdamW(wrapped.parameters())
-    wrapped(_own(0)).mean().backward()
+    wrapped(own_batch(0)).mean().backward()
     optimizer.step()
     for parameter in wrapped.parameters():
         moment, local = optimizer.state[parameter]["exp_avg"], parameter
@@ -123,7 +110,7 @@ def _lbfgs() -> None:
     )
     wrapped = RotatedTensorParallel(deepcopy(dense), policy=ShardingPolicy(replicate_below=0))
     for step in range(2):
-        for model, x in ((dense, _whole(step)), (wrapped, _own(step))):
+        for model, x in ((dense, whole_batch(step)), (wrapped, own_batch(step))):
             optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
 
             def closure(
@@ -146,7 +133,7 @@ def _grouped(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def _groups() -> None:
-    check_parity(_build, _batch, optimizer=_grouped, policy=POLICY)
+    check_parity(_build, batch, optimizer=_grouped, policy=POLICY)
 
 
 @all_world_sizes
@@ -159,8 +146,8 @@ def _clipping() -> None:
         if norm_type == float("inf") and dist.get_world_size() == 4:
             continue  # the last rank owns nothing of 5 rows, of which torch takes no maximum
         dense, wrapped = _pair()
-        dense(_whole(0)).square().mean().backward()
-        wrapped(_own(0)).square().mean().backward()
+        dense(whole_batch(0)).square().mean().backward()
+        wrapped(own_batch(0)).square().mean().backward()
         clip = partial(
             torch.nn.utils.clip_grad_norm_, max_norm=0.1, norm_type=norm_type, foreach=foreach
         )
@@ -187,7 +174,7 @@ def _schedulers() -> None:
         ]
         for step in range(4):
             for model, x, optimizer, scheduler in zip(
-                pair, (_whole(step), _own(step)), optimizers, schedulers, strict=True
+                pair, (whole_batch(step), own_batch(step)), optimizers, schedulers, strict=True
             ):
                 model(x).square().mean().backward()
                 optimizer.step()
@@ -209,7 +196,7 @@ def _scaler(where: str) -> None:
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (dense, wrapped)]
     before = [p._local_tensor.clone() for p in wrapped.parameters()]  # type: ignore[attr-defined]
     last = dist.get_rank() == dist.get_world_size() - 1
-    own = _own(0).float()
+    own = own_batch(0).float()
     loss = wrapped(own * float("inf") if last and where == "input" else own).square().mean()
     scaler.scale(loss).backward()
     if last and where == "gradient":  # in this rank's shard of one gradient alone
@@ -225,8 +212,8 @@ def _scaler(where: str) -> None:
     for step in range(2):
         for optimizer in optimizers:
             optimizer.zero_grad()
-        dense(_whole(step).float()).square().mean().backward()
-        scaler.scale(wrapped(_own(step).float()).square().mean()).backward()
+        dense(whole_batch(step).float()).square().mean().backward()
+        scaler.scale(wrapped(own_batch(step).float()).square().mean()).backward()
         optimizers[0].step()
         scaler.step(optimizers[1])
         scaler.update()

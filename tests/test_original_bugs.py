@@ -23,6 +23,7 @@ from torch import nn
 
 from rtp_wrap import Gather, Replicate, Rotate, RotatedTensorParallel, ShardingPolicy
 from rtp_wrap.transport import Staging
+from tests.data import batch, own_batch, whole_batch
 from tests.parity import FP64, check_parity, compare_gradients, compare_weights, full, sgd
 from tests.ranks import all_world_sizes, device, multi_world_sizes, run_ranks
 
@@ -31,20 +32,6 @@ ROTATE = ShardingPolicy(replicate_below=0)
 
 def _mlp(width: int = 8, out: int = 8) -> nn.Module:
     return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, out))
-
-
-def _batch(step: int, rank: int) -> tuple[torch.Tensor]:
-    generator = torch.Generator().manual_seed(10 * step + rank)
-    return (torch.randn(4, 6, generator=generator, dtype=torch.float64),)
-
-
-def _whole(step: int) -> torch.Tensor:
-    parts = [_batch(step, rank)[0] for rank in range(dist.get_world_size())]
-    return torch.cat(parts).to(device())
-
-
-def _own(step: int) -> torch.Tensor:
-    return _batch(step, dist.get_rank())[0].to(device())
 
 
 def _pair(model: nn.Module | None = None, **wrap: Any) -> tuple[nn.Module, Any]:
@@ -64,7 +51,7 @@ def _row_1() -> None:
     alive: list[torch.Tensor] = []
     for step in range(4):
         for model, x, optimizer in zip(
-            (dense, wrapped), (_whole(step), _own(step)), optimizers, strict=True
+            (dense, wrapped), (whole_batch(step), own_batch(step)), optimizers, strict=True
         ):
             y = model(x)
             loss = _loss(y)
@@ -84,15 +71,15 @@ def test_1_gradients_stay_right_while_earlier_outputs_and_losses_are_alive(world
 
 def _row_2() -> None:
     dense, wrapped = _pair()
-    expected = dense(_whole(0)).chunk(dist.get_world_size())[dist.get_rank()]
+    expected = dense(whole_batch(0)).chunk(dist.get_world_size())[dist.get_rank()]
     for _ in range(2 * dist.get_world_size() + 1):
-        wrapped(_own(0))  # with a graph that nobody runs backward
+        wrapped(own_batch(0))  # with a graph that nobody runs backward
         with torch.no_grad():
-            torch.testing.assert_close(wrapped(_own(0)), expected, **FP64)
-        torch.testing.assert_close(wrapped.eval()(_own(0)), expected, **FP64)
+            torch.testing.assert_close(wrapped(own_batch(0)), expected, **FP64)
+        torch.testing.assert_close(wrapped.eval()(own_batch(0)), expected, **FP64)
     wrapped.train()
-    _loss(dense(_whole(0))).backward()
-    _loss(wrapped(_own(0))).backward()
+    _loss(dense(whole_batch(0))).backward()
+    _loss(wrapped(own_batch(0))).backward()
     compare_gradients(dense, wrapped)
 
 
@@ -116,7 +103,7 @@ class Twice(nn.Module):
 
 def _row_3() -> None:
     dense, wrapped = _pair(Twice())
-    for model, x in ((dense, _whole), (wrapped, _own)):
+    for model, x in ((dense, whole_batch), (wrapped, own_batch)):
         first, second = model(x(0)), model(x(1))
         _loss(first).backward()
         _loss(second).backward()
@@ -130,7 +117,7 @@ def test_3_two_forwards_reused_modules_and_tied_weights_are_right(world_size: in
 
 def _row_4() -> None:
     dense, wrapped = _pair()
-    for model, x in ((dense, _whole), (wrapped, _own)):
+    for model, x in ((dense, whole_batch), (wrapped, own_batch)):
         for step in range(3):
             _loss(model(x(step))).backward()
     compare_gradients(dense, wrapped)
@@ -160,7 +147,7 @@ def _row_5() -> None:
         def freeze(model: nn.Module, frozen: str = frozen) -> None:
             model.get_submodule(frozen).requires_grad_(False)
 
-        check_parity(Checkpointed, _batch, steps=2, prepare=freeze, policy=ROTATE)
+        check_parity(Checkpointed, batch, steps=2, prepare=freeze, policy=ROTATE)
 
 
 @all_world_sizes
@@ -171,7 +158,7 @@ def test_5_frozen_layers_and_non_reentrant_checkpointing_work(world_size: int) -
 def _row_7() -> None:
     for dim in (0, 1):
         policy = ShardingPolicy(rules={"*weight": Rotate(dim)}, replicate_below=0)
-        wrapped = check_parity(_mlp, _batch, policy=policy, inplace=True)
+        wrapped = check_parity(_mlp, batch, policy=policy, inplace=True)
         assert wrapped[0].weight.placements[0].dim == dim
     # Send and receive are never in one buffer: the slots of a rotation do not overlap.
     for count in (2, 3, 4):
@@ -203,7 +190,7 @@ class Bare(nn.Module):
 
 def _row_8() -> None:
     for policy in (None, ROTATE, {"linear": Replicate()}, {"bare": Gather()}):
-        wrapped = check_parity(Bare, _batch, policy=policy)
+        wrapped = check_parity(Bare, batch, policy=policy)
         for fqn, parameter in wrapped.named_parameters():
             mine = full(parameter.detach()).contiguous()
             first = mine.clone()
@@ -220,7 +207,7 @@ def test_8_parameters_that_are_not_sharded_are_averaged_and_never_drift_apart(
 
 def _row_9() -> None:
     dense, wrapped = _pair()
-    x = _whole(0)  # the same data everywhere: the average is each rank's own gradient
+    x = whole_batch(0)  # the same data everywhere: the average is each rank's own gradient
     _loss(dense(x)).backward()
     _loss(wrapped(x)).backward()
     compare_gradients(dense, wrapped)
@@ -256,7 +243,7 @@ def _row_11() -> None:
     for width, out in ((7, 5), (1, 3), (11, 1), (2, 13)):
         for dim in (0, 1):
             policy = ShardingPolicy(rules={"*weight": Rotate(dim)}, replicate_below=0)
-            check_parity(partial(_mlp, width, out), _batch, steps=2, policy=policy)
+            check_parity(partial(_mlp, width, out), batch, steps=2, policy=policy)
 
 
 @all_world_sizes
@@ -278,8 +265,8 @@ def _row_12() -> None:
         compare_weights(dense, wrapped, {"rtol": 0.0, "atol": 0.0})
     wrapped.to(device())
     optimizers = [sgd(dense.parameters()), sgd(wrapped.parameters())]
-    _loss(dense(_whole(0))).backward()
-    _loss(wrapped(_own(0))).backward()
+    _loss(dense(whole_batch(0))).backward()
+    _loss(wrapped(own_batch(0))).backward()
     for optimizer in optimizers:
         optimizer.step()
     compare_weights(dense, wrapped)
@@ -329,7 +316,7 @@ def _row_14() -> None:
     _, wrapped = _pair(nn.Linear(6, 64, bias=False))
     for _ in range(2):
         with _Allocations() as forward:
-            y = wrapped(_own(0))
+            y = wrapped(own_batch(0))
         # The output and nothing else: no staging per call, no pieces that are concatenated.
         assert forward.sizes == [y.numel()] or dist.get_world_size() == 1
         assert not any("cat" in name for name in forward.functions), forward.functions

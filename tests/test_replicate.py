@@ -147,3 +147,20 @@ def _check_frozen() -> None:
 @all_world_sizes
 def test_frozen_parameters_have_no_gradient_and_can_be_thawed(world_size: int) -> None:
     run_ranks(world_size, _check_frozen)
+
+
+def _check_write_seen_without_parameter_gradients() -> None:
+    """What autograd saved of a replicated weight is the weight's own memory."""
+    wrapped = RotatedTensorParallel(_layers(), policy=REPLICATED)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), fused=True)
+    x = _inputs()[1].requires_grad_()
+    mean_square(wrapped(x)).backward()
+    loss = mean_square(wrapped(x))
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, x)  # the averaging node, which has a check, does not run
+
+
+@multi_world_sizes
+def test_a_write_is_seen_where_only_the_inputs_gradient_is_wanted(world_size: int) -> None:
+    run_ranks(world_size, _check_write_seen_without_parameter_gradients)

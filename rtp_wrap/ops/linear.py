@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
+from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.hops import Hop, Lane, Rotation
 from rtp_wrap.ring import Ring, resolve
 from rtp_wrap.rotation import Step, schedule
@@ -89,11 +90,7 @@ class _RotatedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{ctx.fqn}: double backward (create_graph=True) is not supported by sharded "
-                f"layers; Ignore() in the policy leaves a layer's parameters out"
-            )
+        refuse_double_backward(ctx.fqn)
         ctx.written.check()
         (x,) = ctx.saved_tensors
         needs_dx, _, needs_db = ctx.needs_input_grad[:3]
