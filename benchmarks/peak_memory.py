@@ -7,7 +7,7 @@ prediction uses nothing but shapes: home shards, their gradients and Adam's stat
 and what is alive at the moments that can be the peak:
 
     start of backward   what autograd saved in forward, the logits' gradient and the loss's
-    end of backward     all gradients, and the gathered embedding's whole gradient
+    end of backward     all gradients, and the embedding's gradient of one tile, before it is added
     optimizer           all gradients
 
 A short sequence makes the end of backward the peak, a long one its start. On CUDA the peak is
@@ -127,12 +127,12 @@ def predict(model: RotatedTensorParallel, shape: Shape) -> Prediction:
     home = sum(parameter.to_local().nbytes for parameter in model.parameters())
     item = next(model.parameters()).itemsize
     logits = shape.tokens * shape.vocab * item
-    embedding = shape.vocab * shape.dim * item
+    tile = min(model.staging_bytes // 2, shape.vocab // dist.get_world_size() * shape.dim * item)
     resting = 3 * home + model.staging_bytes
     return Prediction(
         resting=resting,
         start_of_backward=resting + shape.saved(item) + 2 * logits,
-        end_of_backward=resting + home + embedding,
+        end_of_backward=resting + home + tile,
         optimizer=resting + home,
     )
 

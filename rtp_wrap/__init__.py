@@ -1,16 +1,27 @@
 """Rotated tensor parallelism for PyTorch: the memory of 1/N, and exactly DDP's results."""
 
 from rtp_wrap.lockstep import OutOfStepError
-from rtp_wrap.policy import Gather, Ignore, Replicate, Rotate, ShardingPolicy
+from rtp_wrap.planner import Plan, plan
+from rtp_wrap.policy import (
+    Gather,
+    Ignore,
+    MixedPrecisionPolicy,
+    Replicate,
+    Rotate,
+    ShardingPolicy,
+)
 from rtp_wrap.wrapper import RotatedTensorParallel
 
 __all__ = [
     "Gather",
     "Ignore",
+    "MixedPrecisionPolicy",
     "OutOfStepError",
+    "Plan",
     "Replicate",
     "Rotate",
     "RotatedTensorParallel",
     "ShardingPolicy",
+    "plan",
 ]
 __version__ = "0.1.0"

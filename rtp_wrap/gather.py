@@ -20,45 +20,55 @@ from rtp_wrap.ring import Ring, resolve
 from rtp_wrap.written import WriteCheck
 
 
-def gather(parameter: DTensor, ring: Ring, fqn: str) -> torch.Tensor:
+def gather(parameter: DTensor, ring: Ring, fqn: str, dtype: torch.dtype) -> torch.Tensor:
     """The whole parameter as a plain tensor; its gradient is averaged and sharded again.
+
+    Gathered in ``dtype``, reduced in that of the accumulators of the ring's precision policy.
 
     All ranks of the ring must call it together, and run its backward together.
     """
     if torch.is_grad_enabled() and parameter.requires_grad:
-        whole: torch.Tensor = _Gather.apply(parameter, ring.key, fqn)
+        whole: torch.Tensor = _Gather.apply(parameter, ring.key, fqn, dtype)
         return whole
-    return _whole(parameter, ring, f"{fqn} gather")
+    return _whole(parameter, ring, f"{fqn} gather", dtype)
 
 
-def _whole(parameter: DTensor, ring: Ring, event: str) -> torch.Tensor:
+def _whole(parameter: DTensor, ring: Ring, event: str, dtype: torch.dtype) -> torch.Tensor:
     ring.begin(event)
     # Not in inference mode, under which torch 2.11 cannot redistribute a DTensor.
     with torch.inference_mode(False), torch.no_grad():
-        whole: torch.Tensor = DTensor.full_tensor(parameter)
+        source: Any = parameter if dtype == parameter.dtype else parameter.to(dtype)
+        whole: torch.Tensor = DTensor.full_tensor(source)
         return whole
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parameter: DTensor, key: str, fqn: str) -> torch.Tensor:
+    def forward(
+        ctx: Any, parameter: DTensor, key: str, fqn: str, dtype: torch.dtype
+    ) -> torch.Tensor:
         ctx.ring, ctx.fqn, ctx.parameter = resolve(key), fqn, parameter
         ctx.written = WriteCheck(parameter, fqn, ctx.ring)
-        whole = _whole(parameter, ctx.ring, f"{fqn} gather")
+        whole = _whole(parameter, ctx.ring, f"{fqn} gather", dtype)
         # With one rank this is the home shard itself, which autograd must not mark as an output.
         return whole.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor, None, None, None]:
         refuse_double_backward(ctx.fqn)
         ctx.written.check()
         ring: Ring = ctx.ring
         ring.begin(f"{ctx.fqn} reduce-scatter")
         mesh, placements = ctx.parameter.device_mesh, ctx.parameter.placements
         dense = grad.to_dense() if grad.is_sparse else grad.contiguous()
+        dense = dense.to(ring.precision.accumulator_dtype(ctx.parameter.dtype))
+        # Before the sum where that could overflow; else after it, which needs no whole copy.
+        before = ring.world_size if dense.itemsize < 4 else 1
+        if before > 1:
+            dense = dense / before
         total = DTensor.from_local(dense, mesh, [Partial()], run_check=False)
         summed: Any = total.redistribute(placements=placements)
-        return summed / ring.world_size, None, None
+        return (summed / (ring.world_size // before)).to(ctx.parameter.dtype), None, None, None
 
 
 PackHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
@@ -125,6 +135,7 @@ class _Note:
     ring: Ring
     fqn: str
     written: WriteCheck
+    gathered: torch.dtype
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -134,7 +145,7 @@ class _Note:
         self.written.check()
         ring = self.ring
         if ring.regathered is None or ring.regathered[0] is not self.parameter:
-            whole = _whole(self.parameter, ring, f"{self.fqn} gather for backward")
+            whole = _whole(self.parameter, ring, f"{self.fqn} gather for backward", self.gathered)
             ring.regathered = self.parameter, whole
             if torch._C._current_graph_task_id() != -1:
                 # The last one of a backward must not outlive it.
@@ -183,6 +194,7 @@ class Gathered:
             self.ring,
             self.fqn,
             WriteCheck(self.parameter, self.fqn, self.ring),
+            self.whole.dtype,
             tensor.dtype,
             tuple(tensor.shape),
             tensor.stride(),

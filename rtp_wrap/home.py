@@ -1,12 +1,13 @@
 """Home shards: where the parameters of a wrapped model live, and how they get there.
 
 Rank 0's values reach the other ranks piece by piece through one small buffer on the device, and
-each rank keeps what it owns. No rank has a whole sharded parameter on the device at any time.
+each rank keeps what it owns. No rank gets a whole sharded parameter on the device for that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -14,23 +15,29 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import Replicate as ReplicatePlacement
 
-from rtp_wrap.policy import Gather, Rotate, Strategy
-from rtp_wrap.ring import Ring, register
+from rtp_wrap.assign import Assignment
+from rtp_wrap.materialise import ParamInitFn, materialise
+from rtp_wrap.policy import Gather, Ignore, Replicate, Rotate, Strategy
+from rtp_wrap.ring import Ring, register, retire
 from rtp_wrap.shard import contiguous_stride, extent
 
 #: The size of a piece of a parameter on its way to its owner, in bytes.
 PIECE_BYTES = 16 << 20
 
 
-def settle(parameter: nn.Parameter, home: Strategy, ring: Ring) -> nn.Parameter:
+def settle(
+    parameter: nn.Parameter, home: Strategy, ring: Ring, values: torch.Tensor | None = None
+) -> nn.Parameter:
     """The DTensor parameter that holds this rank's part of rank 0's ``parameter``.
 
     Sharded along ``home.dim`` for ``Rotate`` and ``Gather`` (ranges of ``torch.chunk``), else
-    replicated. dtype, ``requires_grad`` and attributes are kept; values come from rank 0.
+    replicated. dtype, ``requires_grad`` and attributes are kept; values come from rank 0. A
+    parameter on the meta device has none: they are given as ``values``.
     """
-    whole = parameter.detach()
+    whole = parameter.detach() if values is None else values
     shape = whole.shape
     dim = home.dim if isinstance(home, Rotate | Gather) else None
+    assert (dim is None) == isinstance(home, Replicate)
     start, stop = (0, 0) if dim is None else extent(shape[dim], ring.world_size, ring.rank)
     local_shape = list(shape)
     if dim is not None:
@@ -88,3 +95,54 @@ def _pieces(whole: torch.Tensor, ring: Ring) -> Iterator[tuple[int, torch.Tensor
             # As bytes: backends do not know every dtype that a parameter may have.
             dist.broadcast(piece.view(-1).view(torch.uint8), source, group=ring.group)
         yield at, piece
+
+
+def settle_model(
+    module: nn.Module,
+    assignments: list[Assignment],
+    ring: Ring,
+    param_init_fn: ParamInitFn | None,
+) -> None:
+    """Replace parameters and buffers by rank 0's, module by module and one at a time.
+
+    The assignments take over the new parameters, so that each old one can be freed before the next.
+    What is on the meta device gets its values just before its module's turn.
+    """
+    parameters: dict[nn.Module, list[int]] = {}
+    for index, each in enumerate(assignments):
+        if not isinstance(each.home, Ignore):
+            parameters.setdefault(each.uses[0].module, []).append(index)
+    buffers = _buffers(module)
+    for fqn, inner in module.named_modules():
+        values = materialise(fqn, inner, ring.device, param_init_fn)
+        for index in parameters.get(inner, ()):
+            assignments[index] = _settled(assignments[index], ring, values)
+        for places in buffers.get(inner, ()):
+            _, name = places[0]
+            buffer = settle_buffer(values.pop(name, inner._buffers[name]), ring)
+            for place, name in places:
+                place._buffers[name] = buffer
+        del values  # before the next module has any
+
+
+def _settled(assignment: Assignment, ring: Ring, values: dict[str, torch.Tensor]) -> Assignment:
+    """The assignment with its new parameter, which is now everywhere that the old one was."""
+    parameter, home, uses = assignment.parameter, assignment.home, assignment.uses
+    settled = settle(parameter, home, ring, values.pop(uses[0].name, None))
+    retire(parameter, assignment.fqn)
+    for use in uses:
+        use.module._parameters[use.name] = settled
+    return replace(assignment, parameter=settled)
+
+
+def _buffers(module: nn.Module) -> dict[nn.Module, list[list[tuple[nn.Module, str]]]]:
+    """For each module, the places of those buffers that it is the first to have (tied: several)."""
+    places: dict[torch.Tensor, list[tuple[nn.Module, str]]] = {}  # tensors are keys by identity
+    for inner in module.modules():
+        for name, buffer in inner._buffers.items():
+            if buffer is not None:
+                places.setdefault(buffer, []).append((inner, name))
+    first: dict[nn.Module, list[list[tuple[nn.Module, str]]]] = {}
+    for each in places.values():
+        first.setdefault(each[0][0], []).append(each)
+    return first

@@ -8,6 +8,7 @@ the computation, and three where they take turns.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -16,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from rtp_wrap.ring import Ring
-from rtp_wrap.shard import Tile
 
 #: Tags are positive 31-bit numbers in Gloo; a few low bits tell the hops of a rotation apart.
 _TAG_MASK = 0x3FFFFFFF
@@ -125,8 +125,8 @@ class Lane:
         """Begin with a tile of ``shape`` that nobody has written to yet."""
         self._replace(*self._take(shape))
 
-    def hop(self, arriving: Tile, into: torch.Tensor | None = None) -> Hop:
-        """The hop that sends the tile in use below and brings ``arriving`` from above.
+    def hop(self, arriving: Sequence[int], into: torch.Tensor | None = None) -> Hop:
+        """The hop that sends the tile in use below and brings one of shape ``arriving`` from above.
 
         The tile lands in a slot, or in ``into`` if that is given and contiguous.
         """
@@ -138,7 +138,7 @@ class Lane:
 
     def _take(self, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         slot = self._rotation.take()
-        numel = shape[0] * shape[1]
+        numel = math.prod(shape)
         return slot, slot[: numel * self._dtype.itemsize].view(self._dtype).view(*shape)
 
     def _replace(self, slot: torch.Tensor | None, tile: torch.Tensor | None) -> None:
@@ -150,7 +150,7 @@ class Lane:
 class Hop:
     """One transfer of one lane: depart, then land. Each once, in this order."""
 
-    def __init__(self, lane: Lane, arriving: Tile, into: torch.Tensor | None) -> None:
+    def __init__(self, lane: Lane, arriving: Sequence[int], into: torch.Tensor | None) -> None:
         self._lane = lane
         self._arriving = arriving
         self._into = into
@@ -163,7 +163,7 @@ class Hop:
             assert self._into.dtype == self._lane._dtype
             self._landing = None, self._into
         else:
-            self._landing = self._lane._take(self._arriving.shape)
+            self._landing = self._lane._take(self._arriving)
         return self._lane.tile, self._landing[1]
 
     def land(self) -> None:

@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy as FSDP2MixedPrecisionPolicy
 
 
 @dataclass(frozen=True, slots=True)
 class Rotate:
     """Keep 1/N; tiles rotate while the layer computes. For layers that have a rotated form.
 
-    ``dim`` is the weight's dimension that is sharded: 0 (default) gives each rank output
-    features, 1 input features (sums partial outputs: right when there are few output features).
+    ``dim`` is the weight's dimension that is sharded, 0 or 1. Default: the one of the layer's
+    output features (for embeddings: of their rows), so that each output element is one whole sum;
+    the other one sums partial outputs and is right when there are few output features. In
+    ``nn.Linear``, convolutions and attention that is dim 0, in transposed convolutions and Hugging
+    Face's ``Conv1D`` dim 1.
     """
 
-    dim: int = 0
+    dim: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dim not in (0, 1):
+        if self.dim not in (None, 0, 1):
             raise ValueError(
                 f"Rotate(dim={self.dim!r}): a weight can be rotated along dim 0 or dim 1"
             )
@@ -69,8 +74,9 @@ class ShardingPolicy:
         maps what to match to a strategy; the first rule that matches a parameter wins. A glob
         (``"layers.*.mlp"``) is held against the parameter's own fqn and those of the modules
         around it, a type and a predicate against the modules around it: naming a module names all
-        of its parameters. ``Rotate`` takes those that have a rotated form (today the weight of
-        ``nn.Linear``) and leaves the others, such as biases, to later rules or the default.
+        of its parameters. ``Rotate`` takes those that have a rotated form (weights of linears,
+        embeddings, attention and convolutions) and leaves the others, such as biases, to later
+        rules or the default.
     ``replicate_below``
         in elements: without a rule, a smaller parameter is replicated. Larger ones are rotated
         where a rotated form exists, else gathered.
@@ -116,6 +122,70 @@ class ShardingPolicy:
         if isinstance(policy, ShardingPolicy):
             return policy
         return cls() if policy is None else cls(rules=policy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedPrecisionPolicy:
+    """The dtypes of computation and communication; those of FSDP2's policy of this name.
+
+    Home shards, ``.grad`` and optimizer state keep the dtype that the parameters were given in;
+    buffers keep theirs, and so do the weights of norms with running statistics. Parameters and
+    gradients that are not floating-point are left alone.
+
+    ``param_dtype``
+        of tiles and gathered or replicated weights while a layer computes, hence of its matrix
+        products. Default: the parameter's own.
+    ``reduce_dtype``
+        in which gradients are summed over the ranks. Default: the parameter's own dtype, so fp32
+        for fp32 parameters (FSDP2's default is ``param_dtype``). Replicated 16-bit parameters are
+        averaged in fp32 by default.
+    ``output_dtype``
+        to which floating-point outputs of the wrapped model are cast. Default: they are not.
+    ``cast_forward_inputs``
+        whether floating-point inputs of every module with managed parameters at or below it are
+        cast to ``param_dtype``, as with ``fully_shard`` on each of them.
+    """
+
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    output_dtype: torch.dtype | None = None
+    cast_forward_inputs: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("param_dtype", "reduce_dtype", "output_dtype"):
+            dtype = getattr(self, name)
+            if dtype is not None and not isinstance(dtype, torch.dtype):
+                raise TypeError(f"{name}={dtype!r} is no torch.dtype")
+            if dtype is not None and not dtype.is_floating_point:
+                raise ValueError(f"{name}={dtype}: give a floating-point dtype")
+
+    @classmethod
+    def of(cls, policy: object) -> MixedPrecisionPolicy:
+        """The policy itself, the same of FSDP2's class, or for ``None`` the default one."""
+        if isinstance(policy, cls):
+            return policy
+        if policy is None:
+            return cls()
+        if isinstance(policy, FSDP2MixedPrecisionPolicy):
+            return cls(**vars(policy))
+        raise TypeError(
+            f"mixed_precision={policy!r}: give a MixedPrecisionPolicy(param_dtype=...), from "
+            f"rtp_wrap or torch.distributed.fsdp"
+        )
+
+    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which a parameter of ``dtype`` computes."""
+        return (self.param_dtype or dtype) if dtype.is_floating_point else dtype
+
+    def accumulator_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which gradients of a parameter of ``dtype`` are summed over the ranks."""
+        return (self.reduce_dtype or dtype) if dtype.is_floating_point else dtype
+
+    def average_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The same for a replicated parameter, whose sum is one collective: wide enough for it."""
+        if self.reduce_dtype is None and dtype in (torch.float16, torch.bfloat16):
+            return torch.float32
+        return self.accumulator_dtype(dtype)
 
 
 #: Four slots of 256 bytes: anything larger works, and anything useful is far larger.

@@ -7,7 +7,8 @@ accumulation, ``retain_graph``, ``autograd.grad``, a recomputed block.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,19 +24,28 @@ BUCKET_BYTES = 32 << 20
 
 
 def replicated(
-    parameters: Sequence[DTensor], ring: Ring, fqns: Sequence[str]
+    parameters: Sequence[DTensor],
+    ring: Ring,
+    fqns: Sequence[str],
+    dtypes: Sequence[torch.dtype],
 ) -> tuple[torch.Tensor, ...]:
     """The parameters as plain tensors on which the gradients are averaged over the ring.
 
-    All ranks must run the backward of the same calls. Gradients are summed in fp32 for 16-bit
-    parameters, otherwise in the parameter's dtype.
+    All ranks must run the backward of the same calls. They read in ``dtypes``, and gradients are
+    summed in that of the ring's precision policy (by default in fp32 for 16-bit parameters,
+    otherwise in the parameter's dtype).
     """
-    plain: list[torch.Tensor] = [parameter._local_tensor.detach() for parameter in parameters]
+    plain: list[torch.Tensor] = [
+        _plain(parameter, dtype) for parameter, dtype in zip(parameters, dtypes, strict=True)
+    ]
     if torch.is_grad_enabled():
         trained = [index for index, p in enumerate(parameters) if p.requires_grad]
         if trained:
             outputs = _AverageGradients.apply(
-                ring.key, [fqns[index] for index in trained], *[parameters[i] for i in trained]
+                ring.key,
+                [fqns[index] for index in trained],
+                [dtypes[index] for index in trained],
+                *[parameters[index] for index in trained],
             )
             for index, output in zip(trained, outputs, strict=True):
                 plain[index] = output
@@ -45,12 +55,14 @@ def replicated(
 class _AverageGradients(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, key: str, fqns: list[str], *parameters: DTensor
+        ctx: Any, key: str, fqns: list[str], dtypes: list[torch.dtype], *parameters: DTensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.ring, ctx.fqns, ctx.parameters = resolve(key), fqns, parameters
         ctx.written = [WriteCheck(p, n, ctx.ring) for p, n in zip(parameters, fqns, strict=True)]
-        return tuple(parameter._local_tensor.detach() for parameter in parameters)
+        return tuple(
+            _plain(parameter, dtype) for parameter, dtype in zip(parameters, dtypes, strict=True)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[DTensor | None, ...]:
@@ -63,41 +75,56 @@ class _AverageGradients(torch.autograd.Function):
         first = ctx.fqns[used[0]] if used else "none"
         ring.begin(f"average of {len(used)} gradients, {first} and on {used}")
         results: list[DTensor | None] = [None] * len(grads)
-        for bucket in _buckets([(index, _dense(grads[index])) for index in used]):
-            for (index, _), mean in zip(bucket, _mean([g for _, g in bucket], ring), strict=True):
+        dense = [(index, _dense(grads[index])) for index in used]
+        dtypes = [ring.precision.average_dtype(each.dtype) for each in ctx.parameters]
+        for bucket in _buckets(dense, dtypes):
+            for (index, _), mean in zip(bucket.grads, _mean(bucket, ring), strict=True):
                 parameter = ctx.parameters[index]
+                # In memory of its own: a DTensor with a storage offset has no deepcopy.
+                own = mean.to(parameter.dtype, copy=True).view(parameter.shape)
                 results[index] = DTensor.from_local(
-                    mean, parameter.device_mesh, parameter.placements, run_check=False
+                    own, parameter.device_mesh, parameter.placements, run_check=False
                 )
-        return (None, None, *results)
+        return (None, None, None, *results)
+
+
+def _plain(parameter: DTensor, dtype: torch.dtype) -> torch.Tensor:
+    return parameter._local_tensor.detach().to(dtype)
 
 
 def _dense(grad: Any) -> Any:
     return grad.to_dense() if grad.is_sparse else grad
 
 
-def _buckets(grads: list[tuple[int, Any]]) -> list[list[tuple[int, torch.Tensor]]]:
-    """Neighbours of one dtype, up to ``BUCKET_BYTES`` together."""
-    buckets: list[list[tuple[int, torch.Tensor]]] = []
-    room = 0
+@dataclass
+class _Bucket:
+    """Neighbours that are summed together, in one dtype: (index, gradient) each."""
+
+    dtype: torch.dtype
+    grads: list[tuple[int, torch.Tensor]]
+    room: int
+
+
+def _buckets(
+    grads: Iterable[tuple[int, torch.Tensor]], dtypes: Sequence[torch.dtype]
+) -> list[_Bucket]:
+    """``dtypes`` are by index."""
+    buckets: list[_Bucket] = []
     for index, grad in grads:
-        if not buckets or grad.nbytes > room or grad.dtype != buckets[-1][-1][1].dtype:
-            buckets.append([])
-            room = BUCKET_BYTES
-        buckets[-1].append((index, grad))
-        room -= grad.nbytes
+        dtype = dtypes[index]
+        nbytes = grad.numel() * dtype.itemsize
+        if not buckets or nbytes > buckets[-1].room or dtype != buckets[-1].dtype:
+            buckets.append(_Bucket(dtype, [], BUCKET_BYTES))
+        buckets[-1].grads.append((index, grad))
+        buckets[-1].room -= nbytes
     return buckets
 
 
-def _mean(grads: list[torch.Tensor], ring: Ring) -> list[torch.Tensor]:
-    dtype = grads[0].dtype
-    wide = torch.float32 if dtype.itemsize < 4 else dtype
-    flat = torch.cat([grad.reshape(-1).to(wide) for grad in grads])
+def _mean(bucket: _Bucket, ring: Ring) -> tuple[torch.Tensor, ...]:
+    """The averages, flat: views of one buffer."""
+    flat = torch.cat([grad.reshape(-1).to(bucket.dtype) for _, grad in bucket.grads])
     if ring.world_size > 1:
-        dist.all_reduce(flat, group=ring.group)
-        flat.div_(ring.world_size)
-    parts = flat.split([grad.numel() for grad in grads])
-    # Each in memory of its own: a DTensor with a storage offset has no deepcopy.
-    return [
-        part.to(dtype, copy=True).view(grad.shape) for part, grad in zip(parts, grads, strict=True)
-    ]
+        before = ring.world_size if flat.itemsize < 4 else 1  # where a sum could overflow
+        dist.all_reduce(flat.div_(before), group=ring.group)
+        flat.div_(ring.world_size // before)
+    return flat.split([grad.numel() for _, grad in bucket.grads])

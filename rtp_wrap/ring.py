@@ -24,10 +24,13 @@ from torch.optim.optimizer import (
 )
 
 from rtp_wrap.lockstep import Lockstep
+from rtp_wrap.policy import MixedPrecisionPolicy
 from rtp_wrap.transport import PointToPoint, Staging
 
 _rings: WeakValueDictionary[str, Ring] = WeakValueDictionary()
 _serial = itertools.count()
+#: Everything in the parameters' own dtypes.
+_AS_GIVEN = MixedPrecisionPolicy()
 
 
 class Frames(threading.local):
@@ -51,12 +54,20 @@ class Ring:
     """The ranks of a 1-D ``mesh`` as a ring, with ``staging_bytes`` of memory for tiles.
 
     ``overlap=False`` makes hops take turns with the computation: less staging, no concurrency.
+    ``precision`` holds for every site of the wrapped model.
     """
 
     def __init__(
-        self, mesh: DeviceMesh, device: torch.device, staging_bytes: int, *, overlap: bool
+        self,
+        mesh: DeviceMesh,
+        device: torch.device,
+        staging_bytes: int,
+        *,
+        overlap: bool,
+        precision: MixedPrecisionPolicy = _AS_GIVEN,
     ) -> None:
         self.mesh = mesh
+        self.precision = precision
         self.group: dist.ProcessGroup = mesh.get_group()
         self.rank = self.group.rank()
         self.world_size = self.group.size()
@@ -68,6 +79,8 @@ class Ring:
         self.frames = Frames()
         # The weight last gathered for a backward: several saved views of it need one gather.
         self.regathered: tuple[DTensor, torch.Tensor] | None = None
+        # While the first forward runs: the fqns of modules with managed parameters, as called.
+        self.sites: list[str] | None = None
         self.key = f"{self.group.group_name}/{next(_serial)}"
         self._interrupted = False
         self._stream: torch.cuda.Stream | None = None

@@ -1,15 +1,17 @@
 """Who owns what: the index arithmetic of shards and tiles. Pure numbers, no tensors' data.
 
-A weight of shape ``[rows, cols]`` is cut along one dimension into one home shard per rank, and
-each shard into a grid of cells so that a cell fits a staging slot. The part of one owner's shard
-that lies in one cell is a tile: a rectangle of the weight, given in the weight's own indices.
-Sharding either dimension, cutting a shard into pieces and owners with less than the others (or
-nothing) are then one case: the rectangles differ, the arithmetic of the products does not.
+A weight of shape ``[rows, cols, ...]`` is cut along one of its first two dimensions into one home
+shard per rank, and each shard into a grid of cells so that a cell fits a staging slot. The part of
+one owner's shard that lies in one cell is a tile: a rectangle of the weight, given in the weight's
+own indices. Sharding either dimension, cutting a shard into pieces and owners with less than the
+others (or nothing) are then one case: the rectangles differ, the arithmetic of the products does
+not. Further dimensions (the kernel of a convolution) are never cut.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,7 +31,7 @@ def extent(size: int, world_size: int, rank: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """A rectangle of a weight, half-open, in elements of the whole weight."""
+    """A rectangle of a weight's first two dimensions, half-open, in indices of the whole weight."""
 
     row: int
     row_end: int
@@ -66,16 +68,17 @@ class TileGrid:
     """How a sharded weight is cut into tiles of at most ``max_numel`` elements.
 
     Every owner's shard is cut by the same cells, so that all ranks agree on the number of hops
-    without talking; in an uneven shard the last cells are smaller, or empty.
+    without talking; in an uneven shard the last cells are smaller, or empty. ``max_numel`` must
+    hold at least one kernel (``shape[2:]``).
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dim: int
     world_size: int
     max_numel: int
 
     def shard(self, owner: int) -> Tile:
-        rows, cols = self.shape
+        rows, cols = self.shape[:2]
         if self.dim == 0:
             return Tile(*extent(rows, self.world_size, owner), 0, cols)
         return Tile(0, rows, *extent(cols, self.world_size, owner))
@@ -84,8 +87,9 @@ class TileGrid:
     def cell(self) -> tuple[int, int]:
         """Rows and columns of a cell: whole rows if one fits, balanced so that none is a sliver."""
         rows, cols = self.shard(0).shape  # owner 0 has the largest shard
-        cell_cols = _balanced(cols, self.max_numel)
-        cell_rows = _balanced(rows, max(1, self.max_numel // max(1, cell_cols)))
+        limit = self.max_numel // max(1, math.prod(self.shape[2:]))
+        cell_cols = _balanced(cols, limit)
+        cell_rows = _balanced(rows, max(1, limit // max(1, cell_cols)))
         return cell_rows, cell_cols
 
     def cells(self) -> Iterator[tuple[int, int]]:
@@ -105,6 +109,10 @@ class TileGrid:
         return Tile(
             row, min(row + cell_rows, shard.row_end), col, min(col + cell_cols, shard.col_end)
         )
+
+    def tile_shape(self, tile: Tile) -> tuple[int, ...]:
+        """The shape of a tensor that holds ``tile``."""
+        return (*tile.shape, *self.shape[2:])
 
 
 def _balanced(size: int, limit: int) -> int:

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import MixedPrecisionPolicy as FSDP2MixedPrecisionPolicy
 
-from rtp_wrap.home import settle, settle_buffer
-from rtp_wrap.modules import Adopted, Adoption, adopt, form_of
-from rtp_wrap.plan import ParameterPlan, plan_parameters
-from rtp_wrap.policy import Ignore, Rotate, Rules, ShardingPolicy, Strategy
-from rtp_wrap.ring import Ring, retire, was_retired
-from rtp_wrap.shard import TileGrid
-from rtp_wrap.transport import Staging
-
-#: Default staging, bytes per rank: two tiles of 64 MiB in forward, four of 32 MiB in backward.
-STAGING_BYTES = 128 << 20
-#: Default with ``inplace=True``: two tiles of 8 MiB in forward, three of 5 in backward.
-INPLACE_STAGING_BYTES = 16 << 20
+from rtp_wrap.assign import Assignment, assign
+from rtp_wrap.home import settle_model
+from rtp_wrap.materialise import ParamInitFn, check_initialisable
+from rtp_wrap.modules import Adoption, adopt, form_of, has_own_statistics, precision_of
+from rtp_wrap.planner import Plan, check_given, follow, plan_of
+from rtp_wrap.policy import Ignore, MixedPrecisionPolicy, Rules, ShardingPolicy, Strategy
+from rtp_wrap.ring import Ring
+from rtp_wrap.sites import Site
+from rtp_wrap.verify import (
+    check_init_fn,
+    check_module,
+    check_same_everywhere,
+    check_uses,
+    device_of,
+    mesh_of,
+)
 
 #: What the wrapper has in common with the wrapped model: the same dictionaries.
 _SHARED = (
@@ -66,16 +70,38 @@ class RotatedTensorParallel(nn.Module):
         a 1-D ``DeviceMesh`` (or a 1-D slice of a larger one) instead of ``group``.
     ``policy``
         a ``ShardingPolicy``, or just its rules.
+    ``mixed_precision``
+        a ``MixedPrecisionPolicy``, of this library or FSDP2's.
+    ``param_init_fn``
+        initialises a module that has parameters or buffers of its own on the meta device: it is
+        called with each of them, one after the other, parents before children, on every rank.
+        Default: ``module.reset_parameters()``; modules without it (``nn.MultiheadAttention`` is
+        one) are an error.
+
+    ``plan``
+        what ``rtp_wrap.plan`` made for this model and number of ranks, instead of ``policy``,
+        ``mixed_precision`` and ``inplace``, which are part of it.
+
+    A model on the meta device gets its values here, one module at a time: no device ever has the
+    whole weights of two modules. While a module is initialised its own parameters and buffers have
+    memory on the ring's device, floating-point ones full of NaN; ``param_init_fn`` writes to them
+    in place, or puts others of their shape and dtype there. Everything else keeps the values it
+    has: modules below are on the meta device meanwhile, and what already had values is stood in for
+    by a scratch tensor. A tied parameter is initialised with the first module that registers it.
 
     Attributes and methods of ``module`` are reachable, and what is set on the wrapper is set on
     ``module``; fqns in ``named_parameters()`` and ``state_dict()`` are the module's own. Hooks
     registered on the wrapper run around calls of the wrapper.
 
     Raises ``RuntimeError`` without a process group, and ``ValueError`` or ``TypeError`` for
-    arguments, policies and models that cannot be used; nothing is changed then.
+    arguments, policies and models that cannot be used; nothing is changed then. An initialisation
+    that raises, or leaves something without a value of its shape and dtype, is a ``RuntimeError``
+    or a ``ValueError`` too; modules before it are sharded by then, so build the model anew.
     """
 
     module: nn.Module
+    _ring: Ring
+    _plan: Plan
 
     def __init__(
         self,
@@ -85,31 +111,62 @@ class RotatedTensorParallel(nn.Module):
         *,
         mesh: DeviceMesh | None = None,
         policy: ShardingPolicy | Rules | None = None,
+        mixed_precision: MixedPrecisionPolicy | FSDP2MixedPrecisionPolicy | None = None,
+        param_init_fn: ParamInitFn | None = None,
+        plan: Plan | None = None,
     ) -> None:
-        _check_module(module)
-        policy = ShardingPolicy.of(policy)
-        mesh = _mesh(group, mesh)
-        plans = plan_parameters(module, policy)
-        _check_plans(plans)
-        device = _device(mesh, module, plans)
-        staging = _staging_bytes(plans, mesh.size(), policy, inplace)
-        ring = Ring(mesh, device, staging, overlap=not inplace)
-        _check_same_everywhere(module, plans, ring)
-        _settle(module, plans, ring)
-        _adopt(module, plans, ring)
+        check_module(module)
+        check_init_fn(param_init_fn)
+        rules, precision = ShardingPolicy.of(policy), MixedPrecisionPolicy.of(mixed_precision)
+        mesh = mesh_of(group, mesh)
+        if plan is None:
+            assignments = assign(module, rules)
+            plan = plan_of(assignments, mesh.size(), rules, precision, inplace)
+        else:
+            check_given(plan, mesh.size(), policy, mixed_precision, inplace)
+            assignments = follow(module, plan)
+        check_uses(assignments, mesh.size())
+        ring = Ring(
+            mesh,
+            device_of(mesh, assignments),
+            plan.staging_bytes,
+            overlap=not plan.inplace,
+            precision=plan.mixed_precision,
+        )
+        check_same_everywhere(module, assignments, ring, param_init_fn)
+        check_initialisable(module, assignments, param_init_fn)
+        settle_model(module, assignments, ring, param_init_fn)
+        _adopt(module, assignments, ring)
         super().__init__()
-        for name in (*_SHARED, "module"):
-            vars(self)[name] = vars(module).get(name, module)
-        vars(self)["_ring"] = ring
+        vars(self).update({name: vars(module)[name] for name in _SHARED})
+        vars(self).update(module=module, _ring=ring, _plan=plan)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
+        ring, plan = self._ring, self._plan
+        if plan.sites is not None or ring.sites is not None:
+            return self.module(*args, **kwargs)
+        ring.sites = []  # the first forward shows the order of execution
+        try:
+            output = self.module(*args, **kwargs)
+            sites = tuple(Site(fqn, reads="", trains_input=True) for fqn in ring.sites)
+            vars(self)["_plan"] = replace(plan, sites=sites)
+        finally:
+            ring.sites = None
+        return output
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """What DDP has for accumulation; changes nothing here, where gradients are always 1/N."""
+        return nullcontext()
+
+    @property
+    def plan(self) -> Plan:
+        """What wrapping made of the model; its sites are known after the first forward."""
+        return self._plan
 
     @property
     def staging_bytes(self) -> int:
         """Memory for tiles in flight, in bytes on this rank: all layers' together, and constant."""
-        ring: Ring = vars(self)["_ring"]
-        return ring.staging.nbytes
+        return self._ring.staging.nbytes
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -149,6 +206,10 @@ class RotatedTensorParallel(nn.Module):
     zero_grad = _models_own("zero_grad")
     requires_grad_ = _models_own("requires_grad_")
     get_submodule = _models_own("get_submodule")
+    add_module = _models_own("add_module")
+    register_module = _models_own("register_module")
+    register_parameter = _models_own("register_parameter")
+    register_buffer = _models_own("register_buffer")
     state_dict = _models_own("state_dict")
     load_state_dict = _models_own("load_state_dict")
     # What `to`, `half` and the like do, and what loading into a larger module does.
@@ -159,146 +220,15 @@ class RotatedTensorParallel(nn.Module):
         return f"wrapping {type(self.module).__name__}"
 
 
-def _check_module(module: nn.Module) -> None:
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"RotatedTensorParallel wraps an nn.Module, not {type(module).__name__}")
-    for fqn, inner in module.named_modules():
-        if isinstance(inner, RotatedTensorParallel | Adopted):
-            raise ValueError(
-                f"{fqn or 'the model'} is wrapped already: wrap the outermost module, once"
-            )
-    for fqn, parameter in module.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise ValueError(
-                f"{fqn} is a DTensor: wrap the model before other parallelism shards it"
-            )
-        if was_retired(parameter):
-            raise ValueError(
-                f"{fqn} is tied to a model that was wrapped before: put both models into one "
-                f"module and wrap that"
-            )
-    for fqn, buffer in module.named_buffers():
-        if buffer.is_meta:
-            raise ValueError(f"{fqn} is on the meta device: give it values before wrapping")
-
-
-def _check_plans(plans: list[ParameterPlan]) -> None:
-    for plan in plans:
-        for use in plan.uses:
-            if isinstance(use.module, torch.jit.ScriptModule) and use.strategy != Ignore():
-                raise TypeError(
-                    f"{use.fqn} belongs to a TorchScript module, whose forward cannot see sharded "
-                    f"parameters: wrap the Python module it was made from, or Ignore() it"
-                )
-
-
-def _mesh(group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> DeviceMesh:
-    if not dist.is_initialized():
-        raise RuntimeError(
-            "RotatedTensorParallel needs a process group: start with torchrun and call "
-            "torch.distributed.init_process_group() before wrapping"
-        )
-    if mesh is not None:
-        if group is not None:
-            raise ValueError("give either group or mesh, not both")
-        if not isinstance(mesh, DeviceMesh):
-            raise TypeError(f"mesh is a {type(mesh).__name__}, not a DeviceMesh")
-        if mesh.ndim != 1:
-            raise ValueError(
-                f"mesh has the dimensions {mesh.mesh_dim_names or mesh.shape}: give the 1-D slice "
-                f'to shard over, for example mesh["rtp"]'
-            )
-        if mesh.get_coordinate() is None:
-            raise ValueError(f"rank {dist.get_rank()} is not in the mesh: wrap on its ranks only")
-        return mesh
-    group = group if group is not None else dist.group.WORLD
-    outside: object = dist.GroupMember.NON_GROUP_MEMBER
-    if group is outside:
-        raise ValueError(f"rank {dist.get_rank()} is not in the group: wrap on its ranks only")
-    if not isinstance(group, dist.ProcessGroup):
-        hint = ": give it as mesh=" if isinstance(group, DeviceMesh) else ""
-        raise TypeError(f"group is a {type(group).__name__}, not a ProcessGroup{hint}")
-    on_cuda = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config(group))
-    # Named after the group: torch takes meshes of the same ranks and names for one, and remembers
-    # them, so that a DTensor could end up with the mesh of another (or a destroyed) group.
-    name = f"rtp:{group.group_name}"
-    return DeviceMesh.from_group(group, "cuda" if on_cuda else "cpu", mesh_dim_names=(name,))
-
-
-def _device(mesh: DeviceMesh, module: nn.Module, plans: list[ParameterPlan]) -> torch.device:
-    """Where home shards live: this rank's device of the mesh's type."""
-    kind = mesh.device_type
-    device = (
-        torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-    )
-    for plan in plans:
-        if plan.parameter.device.type not in ("cpu", kind):
-            raise ValueError(
-                f"{plan.fqn} is on {plan.parameter.device}, but the group's backend moves {kind} "
-                f"tensors: initialise it with the backend for that device (NCCL for CUDA)"
-            )
-    return device
-
-
-def _staging_bytes(
-    plans: list[ParameterPlan], world_size: int, policy: ShardingPolicy, inplace: bool
-) -> int:
-    """The policy's staging, or what the largest rotated layer can use if that is less."""
-    limit = policy.staging_bytes or (INPLACE_STAGING_BYTES if inplace else STAGING_BYTES)
-    largest = 0
-    for plan in plans:
-        if isinstance(plan.home, Rotate) and world_size > 1:
-            rows, cols = plan.parameter.shape
-            grid = TileGrid((rows, cols), plan.home.dim, world_size, 1)
-            largest = max(largest, grid.shard(0).numel * plan.parameter.itemsize)
-    return min(limit, 4 * (largest + Staging.ALIGNMENT)) if largest else 0
-
-
-def _check_same_everywhere(module: nn.Module, plans: list[ParameterPlan], ring: Ring) -> None:
-    """Ranks with another model or policy would hang or mix up weights; they get an error here."""
-    for plan in plans:
-        parameter = plan.parameter
-        ring.lockstep.record(
-            f"parameter {plan.fqn} {tuple(parameter.shape)} {parameter.dtype} {plan.home} "
-            f"{[use.fqn for use in plan.uses]} requires_grad={parameter.requires_grad}"
-        )
-    for fqn, buffer in module.named_buffers():
-        ring.lockstep.record(f"buffer {fqn} {tuple(buffer.shape)} {buffer.dtype}")
-    ring.lockstep.record(f"staging of {ring.staging.nbytes} bytes, overlap={ring.overlap}")
-    ring.lockstep.verify("wrapping", "Wrap the same model with the same policy on every rank")
-
-
-def _settle(module: nn.Module, plans: list[ParameterPlan], ring: Ring) -> None:
-    """Replace parameters and buffers by rank 0's, one at a time.
-
-    The plans take over the new parameters, so that each old one can be freed before the next.
-    """
-    for index, plan in enumerate(plans):
-        if isinstance(plan.home, Ignore):
-            continue
-        settled = settle(plan.parameter, plan.home, ring)
-        retire(plan.parameter, plan.fqn)
-        for use in plan.uses:
-            use.module._parameters[use.name] = settled
-        plans[index] = replace(plan, parameter=settled)
-        del plan
-    buffers: dict[torch.Tensor, torch.Tensor] = {}  # tensors are keys by identity: ties stay
-    for inner in module.modules():
-        for name, buffer in inner._buffers.items():
-            if buffer is not None:
-                if buffer not in buffers:
-                    buffers[buffer] = settle_buffer(buffer, ring)
-                inner._buffers[name] = buffers[buffer]
-
-
-def _adopt(module: nn.Module, plans: list[ParameterPlan], ring: Ring) -> None:
-    """Adopt every module that has managed parameters at or below it."""
+def _adopt(module: nn.Module, assignments: list[Assignment], ring: Ring) -> None:
+    """Adopt every module that has managed parameters or running statistics at or below it."""
     strategies: dict[nn.Module, dict[str, Strategy]] = {}
-    for plan in plans:
-        for use in plan.uses:
+    for each in assignments:
+        for use in each.uses:
             if not isinstance(use.strategy, Ignore):
                 strategies.setdefault(use.module, {})[use.name] = use.strategy
     for fqn, inner in module.named_modules():
-        if any(each in strategies for each in inner.modules()):
-            adoption = Adoption(ring, fqn, strategies.get(inner, {}))
-            adopt(inner, adoption, form_of(inner, adoption))
+        if any(each in strategies or has_own_statistics(each) for each in inner.modules()):
+            precision = precision_of(inner, ring.precision)
+            adoption = Adoption(ring, fqn, strategies.get(inner, {}), precision)
+            adopt(inner, adoption, form_of(inner, adoption, strategies))

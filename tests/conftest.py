@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tests.ranks import DEVICE_TYPE, LAUNCHED, WORLD_SIZES, shutdown
 
-# Launched ranks must draw the same examples; RTP_TEST_EXAMPLES=10 draws ten times as many.
-_in_step: dict[str, Any] = {"derandomize": True, "database": None} if LAUNCHED else {}
+# Launched ranks must draw the same examples, and a failure costs them their group, so that they do
+# not look for a smaller example. RTP_TEST_EXAMPLES=10 draws ten times as many.
+_in_step: dict[str, Any] = (
+    {"derandomize": True, "database": None, "phases": [Phase.explicit, Phase.generate]}
+    if LAUNCHED
+    else {}
+)
 settings.register_profile(
     "ranks",
     max_examples=max(1, round(25 * float(os.environ.get("RTP_TEST_EXAMPLES", "1")))),

@@ -64,19 +64,21 @@ def check_parity(
     tolerance: dict[str, float] = FP64,
     batch_dim: int = 0,
     prepare: Callable[[nn.Module], None] = lambda module: None,
+    convert: Callable[[nn.Module], nn.Module] = lambda module: module,
     **wrap: Any,
 ) -> RotatedTensorParallel:
     """Train both models and compare them; ``wrap`` are arguments of the wrapper.
 
     ``build`` makes the model from the current random state (seeded here alike on all ranks, then
     differently: only rank 0's weights may count). ``prepare`` is applied to both models before
-    wrapping, e.g. to freeze layers. Returns the trained wrapped model.
+    wrapping, e.g. to freeze layers, and ``convert`` to the one that is wrapped. Returns the trained
+    wrapped model.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)
     dense = build().to(device(), dtype)
     prepare(dense)
-    mine = deepcopy(dense)
+    mine = convert(deepcopy(dense))
     if rank > 0:
         with torch.no_grad():
             for parameter in mine.parameters():

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from rtp_wrap import Gather, Replicate, RotatedTensorParallel, ShardingPolicy
 from tests.parity import check_parity, compare_gradients, full, mean_square
-from tests.ranks import all_world_sizes, device, multi_world_sizes, run_ranks
+from tests.ranks import all_world_sizes, device, in_turns, multi_world_sizes, run_ranks
 
 SHARDED = ShardingPolicy(replicate_below=0)
 POLICIES = {
@@ -125,8 +125,7 @@ def _check_checkpointed(call: str) -> None:
         check_parity(lambda: Lambdas(CALLS[call]), batch, steps=2, policy=POLICIES[name])
 
 
-@pytest.mark.parametrize("call", CALLS)
-@all_world_sizes
+@in_turns("call", CALLS)
 def test_checkpointed_blocks_train_like_the_dense_ones(world_size: int, call: str) -> None:
     run_ranks(world_size, _check_checkpointed, call)
 
@@ -174,8 +173,7 @@ def _check_wrappers(implementation: str) -> None:
             torch.testing.assert_close(full(parameter.grad), expected)
 
 
-@pytest.mark.parametrize("implementation", ["REENTRANT", "NO_REENTRANT"])
-@multi_world_sizes
+@in_turns("implementation", ["REENTRANT", "NO_REENTRANT"])
 def test_torchs_checkpoint_wrapper_works_before_and_after_wrapping(
     world_size: int, implementation: str
 ) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from rtp_wrap import Plan
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SECONDS = 30
@@ -97,3 +99,12 @@ def test_train_names_what_a_short_text_lacks(tmp_path: Path) -> None:
     assert "the text has 9 bytes" in done.stderr
     assert "--seq-len" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_plan_shows_an_8b_model_and_saves_it(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    done = run(str(EXAMPLES / "plan.py"), "--ranks", "8", "--tokens", "512", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    assert "rank 0 of 8" in done.stdout
+    assert re.search(r"blocks\.\*\.gate\.weight +32 +Linear +Rotate", done.stdout)
+    assert Plan.from_json(file.read_text()).world_size == 8

@@ -309,9 +309,17 @@ def test_a_module_gathers_once_forward_and_once_backward(world_size: int) -> Non
     run_ranks(world_size, _check_gathers)
 
 
+class Renormalised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(11, 4))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return F.embedding(ids, self.weight, max_norm=0.1)
+
+
 def _check_lost_write() -> None:
-    embedding = nn.Embedding(11, 4, max_norm=0.1, device=device())
-    wrapped = RotatedTensorParallel(nn.Sequential(embedding), policy=GATHERED)
+    wrapped = RotatedTensorParallel(nn.Sequential(Renormalised().to(device())), policy=GATHERED)
     with pytest.raises(RuntimeError, match=r"0\.weight was written to by its module's forward"):
         wrapped(torch.arange(5, device=device()))
 

@@ -36,9 +36,9 @@ def _on_rank_0(tensor: torch.Tensor) -> torch.Tensor:
 
 
 CASES: list[tuple[tuple[int, ...], Strategy]] = [
-    ((7, 5), Rotate()),
+    ((7, 5), Rotate(0)),
     ((7, 5), Rotate(1)),
-    ((2, 9), Rotate()),  # with four ranks some own nothing
+    ((2, 9), Rotate(0)),  # with four ranks some own nothing
     ((9, 2), Rotate(1)),
     ((12,), Gather()),
     ((5, 3, 2), Gather()),
@@ -151,7 +151,7 @@ def _pieces() -> None:
     ring = _ring()
     parameter = nn.Parameter(torch.randn(64, 32))
     with mock.patch.object(rtp_wrap.home, "PIECE_BYTES", 1024), _Sizes() as sizes:
-        settled: Any = settle(parameter, Rotate(), ring)
+        settled: Any = settle(parameter, Rotate(0), ring)
     shard = parameter.nbytes // dist.get_world_size()
     assert sizes.largest <= max(1024, -(-shard // 1024) * 1024)
     assert settled._local_tensor.untyped_storage().nbytes() <= -(-64 // dist.get_world_size()) * 128

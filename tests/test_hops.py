@@ -70,10 +70,12 @@ def _rotate(
             for step in schedule(ring.rank, ring.world_size):
                 hops = []
                 if step.next_tile is not None:
-                    hops.append(weights.hop(grid.tile(step.next_tile, cell)))
+                    hops.append(weights.hop(grid.tile(step.next_tile, cell).shape))
                 gaining = grid.tile(step.accumulator, cell)
                 if both and not step.first:
-                    hops.append(accumulators.hop(gaining, sums[at_home] if step.last else None))
+                    hops.append(
+                        accumulators.hop(gaining.shape, sums[at_home] if step.last else None)
+                    )
                 with rotation.turn(hops):
                     expected = _value(step.tile, grid.tile(step.tile, cell))
                     assert torch.equal(weights.tile, expected)
@@ -147,7 +149,7 @@ def _casts() -> None:
     with _rotation(ring, 2) as rotation:
         lane = Lane(rotation, torch.bfloat16)
         lane.load(home)
-        with rotation.turn([lane.hop(TILE)]):
+        with rotation.turn([lane.hop(TILE.shape)]):
             assert lane.tile.dtype == torch.bfloat16
         assert lane.tile.eq(1.0 + (ring.rank + 1) % ring.world_size).all()
         lane.release()
@@ -174,7 +176,7 @@ def _tags(overlap: bool) -> list[int]:
                 one.start(TILE.shape)
                 two.start(TILE.shape)
                 for _ in range(3):
-                    with rotation.turn([one.hop(TILE), two.hop(TILE)]):
+                    with rotation.turn([one.hop(TILE.shape), two.hop(TILE.shape)]):
                         pass
                 one.release()
                 two.release()
@@ -204,7 +206,7 @@ def _one_hop(ring: Ring) -> None:
     with Rotation(ring, "a site", 2) as rotation:
         lane = Lane(rotation, torch.float32)
         lane.start(TILE.shape)
-        with rotation.turn([lane.hop(TILE)]):
+        with rotation.turn([lane.hop(TILE.shape)]):
             pass
 
 
@@ -236,7 +238,7 @@ def _three_hops(ring: Ring, raise_in: int) -> None:
         lane.start(TILE.shape)
         lane.tile.fill_(-1)
         for turn in range(3):
-            with rotation.turn([lane.hop(TILE)]):
+            with rotation.turn([lane.hop(TILE.shape)]):
                 if turn == raise_in:
                     raise _UserError
 
@@ -249,7 +251,7 @@ def _raises(overlap: bool, when: int) -> None:
     with _rotation(ring, 2) as rotation:
         lane = Lane(rotation, torch.float32)
         lane.load(torch.full(TILE.shape, float(ring.rank), device=device()))
-        with rotation.turn([lane.hop(TILE)]):
+        with rotation.turn([lane.hop(TILE.shape)]):
             pass
         assert lane.tile.eq((ring.rank + 1) % ring.world_size).all()
         lane.release()
@@ -269,7 +271,7 @@ def _misuse() -> None:
         with pytest.raises(AssertionError):
             _ = lane.tile
         lane.start(TILE.shape)
-        hop = lane.hop(TILE)
+        hop = lane.hop(TILE.shape)
         assert isinstance(hop, Hop)
         with pytest.raises(AssertionError, match="lands after it departed"):
             hop.land()

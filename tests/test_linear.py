@@ -540,7 +540,7 @@ def _wrong_inputs() -> None:
     ):
         wrapped(torch.zeros(3, 6, dtype=torch.long, device=device()))
     lone = RotatedTensorParallel(nn.Linear(6, 5, device=device()), policy=_policy())
-    with pytest.raises(ValueError, match=r"^the root nn.Linear: input of shape"):
+    with pytest.raises(ValueError, match=r"^the root Linear: input of shape"):
         lone(torch.zeros(3, 7, device=device()))
 
 
@@ -618,7 +618,8 @@ def _descriptions() -> list[str]:
 @all_world_sizes
 def test_the_repr_shows_the_sharding(world_size: int) -> None:
     expected = [
-        f"Linear(in_features=6, out_features=5, bias=True, Rotate(dim={dim}), 1/{world_size})"
+        f"Linear(in_features=6, out_features=5, bias=True, "
+        f"weight: Rotate(dim={dim}), 1/{world_size} per rank)"
         for dim in (0, 1)
     ]
     assert run_ranks(world_size, _descriptions) == [expected] * world_size

@@ -27,7 +27,7 @@ def test_the_default_has_no_rules() -> None:
     assert policy.rules == {}
     assert policy.replicate_below == 16384
     assert policy.staging_bytes is None
-    assert Rotate() == Rotate(dim=0)
+    assert Rotate() == Rotate(dim=None)  # that of the layer's output features
     assert Gather() == Gather(dim=0)
 
 
@@ -63,7 +63,7 @@ def test_options_are_named() -> None:
         ShardingPolicy({})  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("dim", [-1, 2, "0", None])
+@pytest.mark.parametrize("dim", [-1, 2, "0"])
 def test_a_weight_rotates_along_dim_0_or_1(dim: Any) -> None:
     with pytest.raises(ValueError, match=rf"Rotate\(dim={dim!r}\).* dim 0 or dim 1"):
         Rotate(dim=dim)

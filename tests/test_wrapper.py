@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from rtp_wrap import OutOfStepError, Rotate, RotatedTensorParallel, ShardingPolicy
+from rtp_wrap import Gather, OutOfStepError, Rotate, RotatedTensorParallel, ShardingPolicy
 from tests.parity import FP64, check_parity, full
 from tests.ranks import DEVICE_TYPE, all_world_sizes, device, multi_world_sizes, run_ranks
 
@@ -420,10 +420,6 @@ def _models_refused() -> None:
 
     refused(RotatedTensorParallel(Model()), "the model is wrapped already")
     refused(nn.Sequential(nn.Linear(2, 2), RotatedTensorParallel(Model())), "1 is wrapped already")
-    refused(nn.Sequential(nn.ReLU(), nn.Linear(2, 2, device="meta")), r"1\.weight is on the meta")
-    late = nn.Sequential(nn.Linear(2, 2))
-    late.register_buffer("late", torch.zeros(2, device="meta"))
-    refused(late, "late is on the meta device")
     refused(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)), r"1\.weight has no shape yet")
     mesh = init_device_mesh(DEVICE_TYPE, (dist.get_world_size(),))
     sharded = nn.Sequential(nn.Linear(2, 2, device=device()))
@@ -480,16 +476,26 @@ def _differing(change: str) -> None:
         model.blocks[0].linear.weight.requires_grad_(False)
     if change == "policy" and last:
         policy = ShardingPolicy()
+    if change == "tied use":  # at home it is the same on all ranks
+        model.blocks[0].again = nn.Linear(6, 6, bias=False, device=device())
+        model.blocks[0].again.weight = model.blocks[0].linear.weight
+        rules: dict[str, Any] = {"*.again": Gather() if last else Rotate(), "*linear*": Rotate()}
+        policy = ShardingPolicy(rules=rules, replicate_below=0)
     if change == "buffer" and last:
         model.register_buffer("shift", torch.zeros(5, device=device()))
-    where = {"shape": r"gain \(4,\)", "buffer": r"shift \(5,\)", "policy": "Replicate"}
+    where = {
+        "tied use": r"again\.weight Gather",
+        "shape": r"gain \(4,\)",
+        "buffer": r"shift \(5,\)",
+        "policy": "Replicate",
+    }
     match = where.get(change, "blocks.0.linear.weight.*requires_grad=False")
     _unchanged(model, lambda: RotatedTensorParallel(model, policy=policy), OutOfStepError, match)
     RotatedTensorParallel(Model(), policy=ROTATE)  # the group is as good as before
 
 
 @multi_world_sizes
-@pytest.mark.parametrize("change", ["shape", "frozen", "policy", "buffer"])
+@pytest.mark.parametrize("change", ["shape", "frozen", "policy", "buffer", "tied use"])
 def test_different_models_on_ranks_are_an_error_that_names_the_first_difference(
     world_size: int, change: str
 ) -> None:

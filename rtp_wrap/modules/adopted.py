@@ -12,10 +12,15 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from rtp_wrap.casting import cast_floats
 from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.frame import Frame, read
+from rtp_wrap.modules.loading import own_part
+from rtp_wrap.modules.misuse import check_conversion, check_new_module, check_new_parameter
 
 
 class Adopted(nn.Module):
@@ -36,6 +41,42 @@ class Adopted(nn.Module):
             return super().forward(*args, **kwargs)
         with Frame(self, self._adoption):
             return super().forward(*args, **kwargs)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        adoption, present = self._adoption, self._parameters.get(name)
+        ignored = present is not None and not isinstance(present, DTensor)
+        if adoption and param is not None and not isinstance(param, DTensor) and not ignored:
+            check_new_parameter(adoption.name(name), adoption.ring)
+        super().register_parameter(name, param)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        if module is not None and self._adoption is not None:
+            check_new_module(module, self._adoption.name(name), self._adoption.ring)
+        super().add_module(name, module)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module) and self._adoption is not None:
+            check_new_module(value, self._adoption.name(name), self._adoption.ring)
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        if self._adoption is not None:
+            check_conversion(fn, self._adoption.fqn, self._adoption.ring)
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Of whole tensors (a dense model's checkpoint) every rank loads its own part."""
+        adoption = self._adoption
+        for name in adoption.strategies if adoption else ():
+            parameter, whole = self._parameters.get(name), state_dict.get(prefix + name)
+            is_whole = isinstance(whole, torch.Tensor) and not isinstance(whole, DTensor)
+            if not (adoption and is_whole and isinstance(parameter, DTensor)):
+                continue
+            if whole.shape == parameter.shape:  # torch has an error for others
+                state_dict[prefix + name] = own_part(whole, parameter, adoption.ring)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the original class: the adopted one is made, not importable."""
@@ -70,7 +111,7 @@ def adopt(module: nn.Module, adoption: Adoption, mixin: type[Adopted] = Adopted)
 @functools.cache
 def _adopted_class(mixin: Any, original: Any, names: frozenset[str]) -> type[nn.Module]:
     # Its forward keeps the original's signature, which libraries inspect.
-    forward = functools.wraps(original.forward)(_forward_of(mixin))
+    forward = functools.wraps(original.forward)(_cast_forward(mixin))
     members: dict[str, Any] = {
         name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")
     }
@@ -79,9 +120,19 @@ def _adopted_class(mixin: Any, original: Any, names: frozenset[str]) -> type[nn.
     return type(original.__name__, (mixin, original), members)
 
 
-def _forward_of(mixin: type[Adopted]) -> Any:
+def _cast_forward(mixin: type[Adopted]) -> Any:
+    """The forward of ``mixin`` with inputs and outputs in the dtypes of the precision policy."""
+
     def forward(self: Adopted, *args: Any, **kwargs: Any) -> Any:
-        return mixin.forward(self, *args, **kwargs)
+        if self._adoption is None:
+            return mixin.forward(self, *args, **kwargs)
+        precision, at_root = self._adoption.ring.precision, not self._adoption.fqn
+        if precision.param_dtype is not None and precision.cast_forward_inputs:
+            args, kwargs = cast_floats((args, kwargs), precision.param_dtype)
+        output = mixin.forward(self, *args, **kwargs)
+        if precision.output_dtype is not None and at_root:
+            output = cast_floats(output, precision.output_dtype)
+        return output
 
     return forward
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rtp_wrap.policy import Strategy
+from rtp_wrap.policy import MixedPrecisionPolicy, Strategy
 from rtp_wrap.ring import Ring
 
 
@@ -15,6 +15,8 @@ class Adoption:
     ring: Ring
     fqn: str
     strategies: dict[str, Strategy]
+    #: In which the module's own parameters compute; other than the ring's for some norms.
+    precision: MixedPrecisionPolicy
 
     def name(self, parameter: str) -> str:
         return f"{self.fqn}.{parameter}" if self.fqn else parameter

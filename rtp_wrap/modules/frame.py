@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from rtp_wrap.gather import Gathered, PackHooks, RegatherHooks, gather, hooks_in_force
 from rtp_wrap.modules.adoption import Adoption
+from rtp_wrap.modules.misuse import check_in_place
 from rtp_wrap.policy import Replicate, Strategy
 from rtp_wrap.replicate import replicated
 
@@ -53,6 +54,9 @@ class Frame:
         self._joined = bool(stack) and stack[-1]._module is self._module
         if not self._joined:
             self._around = hooks_in_force()
+            sites = self._adoption.ring.sites
+            if sites is not None and self._adoption.strategies:
+                sites.append(self._adoption.fqn)
         stack.append(stack[-1] if self._joined else self)
 
     def __exit__(
@@ -74,23 +78,25 @@ class Frame:
             for each in gathered:
                 each.check_unwritten()
 
-    def gathered(self, parameter: DTensor, fqn: str) -> torch.Tensor:
+    def gathered(self, parameter: DTensor, fqn: str, dtype: torch.dtype) -> torch.Tensor:
         key = _key(parameter)
         if key not in self._memo:
             ring = self._adoption.ring
-            whole = gather(parameter, ring, fqn)
+            whole = gather(parameter, ring, fqn, dtype)
             self._gathered.append(Gathered(parameter, whole, ring, fqn))
             self._memo[key] = parameter, whole
             self._install_hooks()
         return self._memo[key][1]
 
-    def replicated(self, parameter: DTensor, fqn: str) -> torch.Tensor:
+    def replicated(self, parameter: DTensor, fqn: str, dtype: torch.dtype) -> torch.Tensor:
         key = _key(parameter)
         if key not in self._memo:
             below = _replicas(self._module)
-            named = below if any(p is parameter for p in below.values()) else {fqn: parameter}
-            plain = replicated(list(named.values()), self._adoption.ring, list(named))
-            for each, tensor in zip(named.values(), plain, strict=True):
+            if not any(each is parameter for each, _ in below.values()):
+                below = {fqn: (parameter, dtype)}
+            parameters, dtypes = zip(*below.values(), strict=True)
+            plain = replicated(parameters, self._adoption.ring, list(below), dtypes)
+            for each, tensor in zip(parameters, plain, strict=True):
                 self._memo[_key(each)] = each, tensor
         return self._memo[key][1]
 
@@ -109,15 +115,16 @@ class Frame:
             self._hooks.__enter__()
 
 
-def _replicas(module: nn.Module) -> dict[str, DTensor]:
-    """The replicated parameters at and below ``module``, by fqn, tied ones once."""
-    found: dict[int, tuple[str, DTensor]] = {}
+def _replicas(module: nn.Module) -> dict[str, tuple[DTensor, torch.dtype]]:
+    """The replicated parameters at and below ``module`` by fqn, tied ones once; their dtypes."""
+    found: dict[int, tuple[str, tuple[DTensor, torch.dtype]]] = {}
     for each in module.modules():
         adoption = vars(each).get("_adoption")
         for name, strategy in adoption.strategies.items() if adoption else ():
             parameter = each._parameters.get(name)
             if isinstance(strategy, Replicate) and isinstance(parameter, DTensor):
-                found.setdefault(id(parameter), (adoption.name(name), parameter))
+                dtype = adoption.precision.compute_dtype(parameter.dtype)
+                found.setdefault(id(parameter), (adoption.name(name), (parameter, dtype)))
     return dict(found.values())
 
 
@@ -129,16 +136,14 @@ def read(parameter: nn.Parameter, strategy: Strategy, adoption: Adoption, fqn: s
     """What ``module.name`` gives: a plain tensor inside a forward, else the parameter itself."""
     ring = adoption.ring
     stack: list[Frame] = ring.frames.stack
-    if not isinstance(parameter, DTensor):
-        return parameter  # put there by the user after wrapping
-    if stack:
-        if isinstance(strategy, Replicate):
-            return stack[0].replicated(parameter, fqn)
-        return stack[-1].gathered(parameter, fqn)
     # A recomputation (activation checkpointing) may begin below any adopted forward. No public call
     # tells that a backward is running in this thread; torch.utils.checkpoint asks the same.
-    if torch._C._current_graph_task_id() == -1:
+    if not stack and torch._C._current_graph_task_id() == -1:
         return parameter
+    ours = check_in_place(parameter, fqn)
+    dtype = adoption.precision.compute_dtype(ours.dtype)
     if isinstance(strategy, Replicate):
-        return replicated([parameter], ring, [fqn])[0]
-    return gather(parameter, ring, fqn)
+        if stack:
+            return stack[0].replicated(ours, fqn, dtype)
+        return replicated([ours], ring, [fqn], [dtype])[0]
+    return stack[-1].gathered(ours, fqn, dtype) if stack else gather(ours, ring, fqn, dtype)

@@ -1,51 +1,64 @@
-"""``nn.Linear`` with a rotating weight."""
+"""``nn.Linear``, and Hugging Face's ``Conv1D``, with a rotating weight."""
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from rtp_wrap.modules.adopted import Adopted
 from rtp_wrap.modules.frame import Frame
+from rtp_wrap.modules.rotated import Rotated, keeps, may_rotate
 from rtp_wrap.ops import rotated_linear
 
 
-class RotatedLinear(Adopted):
+class RotatedLinear(Rotated):
     """An adopted ``nn.Linear``: ``[..., in_features]`` to ``[..., out_features]``.
 
     The weight rotates; the bias is a parameter like any other (replicated or gathered).
     """
 
+    bias: torch.Tensor | None
+    #: Whether the weight is ``[in_features, out_features]``.
+    _transposed = False
+
+    @staticmethod
+    def rotation_dim(module: nn.Module, name: str) -> int | None:
+        rotates = (
+            name == "weight"
+            and keeps(module, nn.Linear, "forward")
+            and may_rotate(module._parameters.get(name))
+        )
+        return 0 if rotates else None
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         adoption = self._adoption
         if adoption is None or adoption.ring.world_size == 1:
             return super().forward(input)  # nothing to rotate: torch's own linear, bit for bit
-        weight = self._parameters["weight"]
-        assert isinstance(weight, DTensor)
-        fqn = adoption.fqn or "the root nn.Linear"
         with Frame(self, adoption):
-            return rotated_linear(input, weight, self.bias, adoption.ring.key, fqn)
+            return rotated_linear(
+                input,
+                self.home("weight"),
+                self.bias,
+                adoption.ring.key,
+                self.site,
+                transposed=self._transposed,
+            )
 
-    def extra_repr(self) -> str:
-        adoption = self._adoption
-        if adoption is None:
-            return super().extra_repr()
-        rotation = f"{adoption.strategies['weight']}, 1/{adoption.ring.world_size}"
-        return f"{super().extra_repr()}, {rotation}"
 
+class RotatedConv1D(RotatedLinear):
+    """An adopted ``Conv1D`` of Hugging Face, a linear layer with weight ``[in, out]``."""
 
-def is_rotatable_linear(module: nn.Module, name: str) -> bool:
-    """Whether ``name`` is the weight of a linear layer whose forward is ``nn.Linear``'s own."""
-    if not isinstance(module, nn.Linear):
-        return False
-    weight = module._parameters.get(name)
-    return (
-        type(module).forward is nn.Linear.forward
-        and "forward" not in vars(module)
-        and name == "weight"
-        and weight is not None
-        and weight.dim() == 2
-        and weight.numel() > 0
-        and weight.is_floating_point()
-    )
+    _transposed = True
+
+    @staticmethod
+    def rotation_dim(module: nn.Module, name: str) -> int | None:
+        # Whoever has made one has imported this; nobody else should have to.
+        library = sys.modules.get("transformers.pytorch_utils")
+        rotates = (
+            library is not None
+            and name == "weight"
+            and keeps(module, library.Conv1D, "forward")
+            and may_rotate(module._parameters.get(name))
+        )
+        return 1 if rotates else None

@@ -16,187 +16,250 @@ passes every rank once in forward and once in backward:
 
 Sharded along dim 0, a tile has all columns, so each output element is one full-length dot product,
 and dgrad sums over tiles; along dim 1 it is the other way round. Sums over tiles happen in the
-GEMM's epilogue (beta = 1) in the dtype of the result. A wgrad is summed in an accumulator that
-visits every rank, in the dtype of the parameter; every rank scales its part by 1/N (alpha) as it
-adds it, so that a sum of N parts overflows no sooner than their mean; the owner adds its part last.
+GEMM's epilogue (beta = 1) in the dtype of the result.
 
-dtypes: GEMMs run in x's dtype, which is the weight's own, or autocast's; tiles travel in it.
+A weight may be stored as ``[I, O]``: the same with rows and columns exchanged. And it may be a
+stack of projections, each with an input of its own (attention's q, k and v): ``W`` is cut along
+``O`` into sections, ``y_s = x_s @ W_s^T + b_s``, and a tile serves each section that it overlaps.
+
+dtypes: GEMMs run in x's dtype, which is the weight's own, the ring's ``param_dtype``, or
+autocast's; tiles travel in it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
-from rtp_wrap.hops import Hop, Lane, Rotation
+from rtp_wrap.ops.rotate import (
+    add_scaled,
+    in_layers_dtype,
+    rotate_backward,
+    rotate_forward,
+)
 from rtp_wrap.ring import Ring, resolve
-from rtp_wrap.rotation import Step, schedule
-from rtp_wrap.shard import TileGrid
+from rtp_wrap.shard import Tile
 from rtp_wrap.written import WriteCheck
 
 
 def rotated_linear(
-    x: torch.Tensor, weight: DTensor, bias: torch.Tensor | None, ring: str, fqn: str
+    x: torch.Tensor,
+    weight: DTensor,
+    bias: torch.Tensor | None,
+    ring: str,
+    fqn: str,
+    *,
+    transposed: bool = False,
 ) -> torch.Tensor:
     """``x @ weight^T + bias`` for a weight whose shards stay at home and rotate as tiles.
 
-    ``x`` is ``[..., I]``, this rank's own; ``weight`` a DTensor ``[O, I]``, ``Shard(0)`` or
-    ``Shard(1)`` over the ring; ``bias`` a plain ``[O]`` or ``None``; ``ring`` a ring's key; ``fqn``
-    names the layer in errors. Returns ``[..., O]`` in the dtype of the GEMM. All ranks of the ring
-    must call it together. The gradient of ``weight`` is averaged over ranks and sharded like it;
-    that of ``bias`` is this rank's own.
+    ``x`` is ``[..., I]``, this rank's own; ``weight`` a DTensor ``[O, I]`` (``[I, O]`` if
+    ``transposed``), ``Shard(0)`` or ``Shard(1)`` over the ring; ``bias`` a plain ``[O]`` or
+    ``None``; ``ring`` a ring's key; ``fqn`` names the layer in errors. Returns ``[..., O]`` in the
+    dtype of the GEMM. All ranks of the ring must call it together. The gradient of ``weight`` is
+    averaged over ranks and sharded like it; that of ``bias`` is this rank's own.
 
     Raises ``ValueError`` or ``TypeError`` for shapes or dtypes that do not match, before any
     communication.
     """
-    features = weight.shape[1]
-    if x.dim() == 0 or x.shape[-1] != features:
-        raise ValueError(
-            f"{fqn}: input of shape {tuple(x.shape)} does not end in the layer's {features} input "
-            f"features"
-        )
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
-        x = x.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    elif x.dtype != weight.dtype:
-        raise TypeError(
-            f"{fqn}: input is {x.dtype} but the layer is {weight.dtype}; convert the input, or use "
-            f"torch.autocast"
-        )
-    y: torch.Tensor = _RotatedLinear.apply(x, weight, bias, ring, fqn)
+    (y,) = _rotated(
+        [x], [weight.shape[1 if transposed else 0]], weight, bias, ring, fqn, transposed
+    )
     return y
+
+
+def rotated_projections(
+    xs: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    weight: DTensor,
+    bias: torch.Tensor | None,
+    ring: str,
+    fqn: str,
+) -> tuple[torch.Tensor, ...]:
+    """``xs[s] @ weight[section s]^T + bias[section s]`` for each section, in one rotation.
+
+    Sections are consecutive rows of ``weight`` ``[O, I]``, ``sizes[s]`` each, ``O`` together; the
+    inputs are ``[..., I]`` each. Everything else is as for ``rotated_linear``.
+    """
+    assert sum(sizes) == weight.shape[0]
+    return _rotated(xs, sizes, weight, bias, ring, fqn, False)
+
+
+def _rotated(
+    xs: Sequence[torch.Tensor],
+    sizes: Sequence[int],
+    weight: DTensor,
+    bias: torch.Tensor | None,
+    key: str,
+    fqn: str,
+    transposed: bool,
+) -> tuple[torch.Tensor, ...]:
+    features = weight.shape[0 if transposed else 1]
+    for x in xs:
+        if x.dim() == 0 or x.shape[-1] != features:
+            raise ValueError(
+                f"{fqn}: input of shape {tuple(x.shape)} does not end in the layer's {features} "
+                f"input features"
+            )
+    xs = in_layers_dtype(resolve(key), fqn, weight, xs)
+    bias = None if bias is None else bias.to(xs[0].dtype)
+    ys: tuple[torch.Tensor, ...] = _RotatedLinear.apply(
+        weight, bias, key, fqn, transposed, sizes, *xs
+    )
+    return ys
 
 
 class _RotatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: DTensor, bias: torch.Tensor | None, key: str, fqn: str
-    ) -> torch.Tensor:
+        ctx: Any,
+        weight: DTensor,
+        bias: torch.Tensor | None,
+        key: str,
+        fqn: str,
+        transposed: bool,
+        sizes: Sequence[int],
+        *xs: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
         ring = resolve(key)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None)
-        ctx.shape = x.shape
+        ctx.save_for_backward(*(xs if ctx.needs_input_grad[0] else ()))
+        ctx.shapes = [x.shape for x in xs]
         # Not saved: the home shard is the parameter's own memory, and a change of it between
         # forward and backward is found by its versions, with an error that names the layer.
         ctx.weight, ctx.written = weight, WriteCheck(weight, fqn, ring)
-        ctx.ring, ctx.fqn = ring, fqn
-        with torch.autocast(x.device.type, enabled=False):
-            y = _forward(ring, fqn, x.reshape(-1, x.shape[-1]), weight, bias)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        ctx.ring, ctx.fqn, ctx.layout = ring, fqn, _Layout(transposed, sizes)
+        with torch.autocast(xs[0].device.type, enabled=False):
+            ys = _forward(ring, fqn, ctx.layout, [_flat(x) for x in xs], weight, bias)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for x, y in zip(xs, ys, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *dys: torch.Tensor) -> tuple[Any, ...]:
         refuse_double_backward(ctx.fqn)
         ctx.written.check()
-        (x,) = ctx.saved_tensors
-        needs_dx, _, needs_db = ctx.needs_input_grad[:3]
-        x = None if x is None else x.reshape(-1, x.shape[-1])  # [T, I]
-        dy = dy.reshape(-1, dy.shape[-1])  # [T, O]
-        with torch.autocast(dy.device.type, enabled=False):
-            dx, dw = _backward(ctx.ring, ctx.fqn, x, dy, ctx.weight, needs_dx)
-            db = dy.sum(0) if needs_db else None
-        return None if dx is None else dx.view(ctx.shape), dw, db, None, None
+        needs_dw, needs_db = ctx.needs_input_grad[:2]
+        flat = [_flat(dy) for dy in dys]  # [T, O]
+        xs = [_flat(x) for x in ctx.saved_tensors] if needs_dw else None  # [T, I]
+        needs_dx = list(ctx.needs_input_grad[6:])
+        with torch.autocast(dys[0].device.type, enabled=False):
+            dxs, dw = _backward(ctx.ring, ctx.fqn, ctx.layout, xs, flat, ctx.weight, needs_dx)
+            db = torch.cat([dy.sum(0) for dy in flat]) if needs_db else None
+        shaped = [
+            None if dx is None else dx.view(shape)
+            for dx, shape in zip(dxs, ctx.shapes, strict=True)
+        ]
+        return dw, db, None, None, None, None, *shaped
+
+
+class _Layout:
+    """Which dimension of the weight the outputs are, and how they are cut into sections."""
+
+    def __init__(self, transposed: bool, sizes: Sequence[int]) -> None:
+        self.transposed = transposed
+        self.sizes = list(sizes)
+        self._starts = [sum(self.sizes[:index]) for index in range(len(self.sizes))]
+
+    def features(self, tile: Tile) -> tuple[slice, slice]:
+        """The output and the input features of a tile."""
+        return (tile.cols, tile.rows) if self.transposed else (tile.rows, tile.cols)
+
+    def matrix(self, values: torch.Tensor) -> torch.Tensor:
+        """A tile's values as ``[out, in]``."""
+        return values.t() if self.transposed else values
+
+    def sections(self, outs: slice) -> Iterator[tuple[int, slice, slice]]:
+        """For every section that overlaps ``outs``: its index, and where in it and in ``outs``."""
+        for index, (start, size) in enumerate(zip(self._starts, self.sizes, strict=True)):
+            low, high = max(outs.start, start), min(outs.stop, start + size)
+            if low < high:
+                yield (
+                    index,
+                    slice(low - start, high - start),
+                    slice(low - outs.start, high - outs.start),
+                )
+
+
+def _flat(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _forward(
-    ring: Ring, fqn: str, x: torch.Tensor, weight: DTensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    home, grid = weight._local_tensor, _grid(weight, ring, x.dtype, slots=2)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    begun: set[int] = set()  # rows of the weight whose outputs hold a sum already
-    with Rotation(ring, f"{fqn} forward", slots=2) as rotation:
-        weights = Lane(rotation, x.dtype)
-        for cell in grid.cells():
-            weights.load(home[grid.tile(ring.rank, cell).within(grid.shard(ring.rank))])
-            for step in schedule(ring.rank, ring.world_size):
-                tile = grid.tile(step.tile, cell)
-                with rotation.turn(_next_weight(weights, grid, step, cell)):
-                    if tile.numel:
-                        out = y[:, tile.rows]
-                        first = None if bias is None else bias[tile.rows]
-                        start = out if tile.row in begun else first
-                        _add_product(start, x[:, tile.cols], weights.tile.t(), out=out)
-                        begun.add(tile.row)
-            weights.release()
-    return y
+    ring: Ring,
+    fqn: str,
+    layout: _Layout,
+    xs: Sequence[torch.Tensor],
+    weight: DTensor,
+    bias: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    ys = [x.new_empty(x.shape[0], size) for x, size in zip(xs, layout.sizes, strict=True)]
+    begun: set[tuple[int, int]] = set()  # (section, its output) from where a sum is there already
+
+    def product(tile: Tile, values: torch.Tensor) -> None:
+        outs, ins = layout.features(tile)
+        matrix = layout.matrix(values)
+        for index, section, part in layout.sections(outs):
+            out = ys[index][:, section]
+            first = None if bias is None else bias[outs][part]
+            start = out if (index, section.start) in begun else first
+            _add_product(start, xs[index][:, ins], matrix[part].t(), out=out)
+            begun.add((index, section.start))
+
+    rotate_forward(ring, fqn, weight, xs[0].dtype, product)
+    return ys
 
 
 def _backward(
     ring: Ring,
     fqn: str,
-    x: torch.Tensor | None,
-    dy: torch.Tensor,
+    layout: _Layout,
+    xs: Sequence[torch.Tensor] | None,
+    dys: Sequence[torch.Tensor],
     weight: DTensor,
-    needs_dx: bool,
-) -> tuple[torch.Tensor | None, DTensor | None]:
-    """``dx`` if it is needed, and ``dW`` if there is an ``x`` to make it of."""
-    home, needs_dw = weight._local_tensor, x is not None
-    slots = 2 if not (needs_dx and needs_dw) else 4 if ring.overlap else 3
-    grid = _grid(weight, ring, weight.dtype if needs_dw else dy.dtype, slots)
-    own = grid.shard(ring.rank)
-    dx = dy.new_empty(dy.shape[0], weight.shape[1]) if needs_dx else None
-    dw = home.new_empty(home.shape) if needs_dw else None
-    begun: set[int] = set()  # columns of the weight whose part of dx holds a sum already
-    event = f"{fqn} backward ({'dx' if needs_dx else ''} {'dw' if needs_dw else ''})"
-    with Rotation(ring, event, slots) as rotation:
-        weights, accumulators = Lane(rotation, dy.dtype), Lane(rotation, weight.dtype)
-        for cell in grid.cells():
-            at_home = grid.tile(ring.rank, cell).within(own)
-            if needs_dx:
-                weights.load(home[at_home])
-            for step in schedule(ring.rank, ring.world_size):
-                hops = _next_weight(weights, grid, step, cell) if needs_dx else []
-                gaining = grid.tile(step.accumulator, cell)
-                if dw is not None and not step.first:
-                    into = dw[at_home] if step.last else None
-                    hops.append(accumulators.hop(gaining, into))
-                tile = grid.tile(step.tile, cell)
-                with rotation.turn(hops):
-                    if dx is not None and tile.numel:
-                        out = dx[:, tile.cols]
-                        start = out if tile.col in begun else None
-                        _add_product(start, dy[:, tile.rows], weights.tile, out=out)
-                        begun.add(tile.col)
-                if dw is not None and x is not None:
-                    if step.first:
-                        accumulators.start(gaining.shape)
-                    if gaining.numel:
-                        _add_product(
-                            None if step.first else accumulators.tile,
-                            dy[:, gaining.rows].t(),
-                            x[:, gaining.cols],
-                            out=dw[at_home] if step.last else accumulators.tile,
-                            scale=1 / ring.world_size,
-                        )
-            weights.release()
-            accumulators.release()
-    if dw is None:
-        return dx, None
-    return dx, DTensor.from_local(
-        dw,
-        weight.device_mesh,
-        weight.placements,
-        run_check=False,
-        shape=weight.shape,
-        stride=weight.stride(),
+    needs_dx: Sequence[bool],
+) -> tuple[list[torch.Tensor | None], DTensor | None]:
+    """``dx`` of each input that needs it, and ``dW`` if there are ``xs`` to make it of."""
+    features = weight.shape[0 if layout.transposed else 1]
+    dxs = [
+        dy.new_empty(dy.shape[0], features) if needed else None
+        for dy, needed in zip(dys, needs_dx, strict=True)
+    ]
+    begun: set[tuple[int, int]] = set()  # (section, input) from where a part of dx is a sum already
+
+    def dgrad(tile: Tile, values: torch.Tensor) -> None:
+        outs, ins = layout.features(tile)
+        matrix = layout.matrix(values)
+        for index, section, part in layout.sections(outs):
+            dx = dxs[index]
+            if dx is not None:
+                out = dx[:, ins]
+                start = out if (index, ins.start) in begun else None
+                _add_product(start, dys[index][:, section], matrix[part], out=out)
+                begun.add((index, ins.start))
+
+    def wgrad(tile: Tile, start: torch.Tensor | None, out: torch.Tensor, scale: float) -> None:
+        assert xs is not None
+        outs, ins = layout.features(tile)
+        for index, section, part in layout.sections(outs):
+            dy, x = dys[index][:, section], xs[index][:, ins]
+            if layout.transposed:
+                first = None if start is None else start[:, part]
+                _add_product(first, x.t(), dy, out=out[:, part], scale=scale)
+            else:
+                first = None if start is None else start[part]
+                _add_product(first, dy.t(), x, out=out[part], scale=scale)
+
+    dw = rotate_backward(
+        ring,
+        fqn,
+        weight,
+        dys[0].dtype,
+        dgrad if any(needs_dx) else None,
+        wgrad if xs is not None else None,
     )
-
-
-def _next_weight(weights: Lane, grid: TileGrid, step: Step, cell: tuple[int, int]) -> list[Hop]:
-    return [] if step.next_tile is None else [weights.hop(grid.tile(step.next_tile, cell))]
-
-
-def _grid(weight: DTensor, ring: Ring, dtype: torch.dtype, slots: int) -> TileGrid:
-    """The weight cut so that a tile of ``dtype`` fits one of ``slots`` slots."""
-    (placement,) = weight.placements
-    assert isinstance(placement, Shard)
-    rows, cols = weight.shape
-    max_numel = ring.staging.slot_bytes(slots) // dtype.itemsize
-    return TileGrid((rows, cols), placement.dim, ring.world_size, max_numel)
+    return dxs, dw
 
 
 def _add_product(
@@ -213,14 +276,10 @@ def _add_product(
     product is added in ``out``'s precision.
     """
     # beta = 0 means that start is not read.
-    start, beta = (out, 0) if start is None else (start, 1)
+    given, beta = (out, 0) if start is None else (start, 1)
     if out.dtype == a.dtype:
-        torch.addmm(start, a, b, beta=beta, alpha=scale, out=out)
-    elif a.is_cuda and out.dtype == torch.float32:
-        torch.addmm(start, a, b, out_dtype=out.dtype, beta=beta, alpha=scale, out=out)
-    else:  # there is no GEMM with this wider result
-        product = torch.mm(a, b).to(out.dtype)
-        if beta == 0:
-            torch.mul(product, scale, out=out)
-        else:
-            torch.add(start, product, alpha=scale, out=out)
+        torch.addmm(given, a, b, beta=beta, alpha=scale, out=out)
+    elif a.is_cuda and a.itemsize == 2 and out.dtype == torch.float32:
+        torch.addmm(given, a, b, out_dtype=out.dtype, beta=beta, alpha=scale, out=out)
+    else:  # there is no GEMM of these dtypes with this result
+        add_scaled(start, torch.mm(a, b), scale, out=out)

@@ -22,12 +22,22 @@ class Staging:
         self._slots = {
             count: tuple(buffer.narrow(0, index * size, size) for index in range(count))
             for count in (2, 3, 4)
-            for size in [self.slot_bytes(count)]
+            for size in [self.slot_size(nbytes, count)]
         }
+
+    @classmethod
+    def slot_size(cls, nbytes: int, count: int) -> int:
+        """The size of each of ``count`` slots of a staging of ``nbytes``."""
+        return nbytes // count // cls.ALIGNMENT * cls.ALIGNMENT
+
+    @classmethod
+    def size_for(cls, tile_bytes: int) -> int:
+        """The least staging in which tiles of ``tile_bytes`` are never cut."""
+        return 4 * (-(-tile_bytes // cls.ALIGNMENT) * cls.ALIGNMENT)
 
     def slot_bytes(self, count: int) -> int:
         """The size of each of ``count`` slots."""
-        return self.nbytes // count // self.ALIGNMENT * self.ALIGNMENT
+        return self.slot_size(self.nbytes, count)
 
     def slots(self, count: int) -> tuple[torch.Tensor, ...]:
         """``count`` (2, 3 or 4) one-dimensional uint8 tensors that do not overlap."""

@@ -20,8 +20,9 @@ Such a file hands over to pytest before it imports from there:
 
 from __future__ import annotations
 
+import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar, overload
 
 import pytest
@@ -35,11 +36,13 @@ from tests.ranks.task import encode
 __all__ = [
     "DEVICE_TYPE",
     "LAUNCHED",
+    "THOROUGH",
     "WORLD_SIZES",
     "Failure",
     "RankError",
     "all_world_sizes",
     "device",
+    "in_turns",
     "multi_world_sizes",
     "run_ranks",
     "shutdown",
@@ -47,6 +50,25 @@ __all__ = [
 
 all_world_sizes = pytest.mark.parametrize("world_size", WORLD_SIZES)
 multi_world_sizes = pytest.mark.parametrize("world_size", [n for n in WORLD_SIZES if n > 1])
+
+#: All sizes for all cases take minutes; RTP_TEST_EXAMPLES=10, as for hypothesis, has the patience.
+THOROUGH = float(os.environ.get("RTP_TEST_EXAMPLES", "1")) > 1
+
+
+def in_turns(name: str, cases: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrize by ``world_size`` and ``name``, each case at every other size only.
+
+    For cases whose subject has nothing to do with the number of ranks. Where there are few sizes
+    (on GPUs, launched) every case runs at all of them.
+    """
+    every = 1 if THOROUGH or len(WORLD_SIZES) < 3 else 2
+    pairs = [
+        pytest.param(size, case, id=f"{size}-{getattr(case, '__name__', case)}")
+        for index, case in enumerate(cases)
+        for size in WORLD_SIZES[index % every :: every]
+    ]
+    return pytest.mark.parametrize(("world_size", name), pairs)
+
 
 _T = TypeVar("_T")
 _runners: dict[int, Pool | Launch] = {}  # by world size

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from rtp_wrap import Gather, Ignore, Replicate, Rotate, ShardingPolicy
-from rtp_wrap.plan import ParameterPlan, plan_parameters
+from rtp_wrap.assign import Assignment, assign
 from rtp_wrap.policy import Rules
 from tests.ranks import LAUNCHED
 
@@ -36,9 +36,9 @@ class Model(nn.Module):
             self.head.weight = self.embed.weight
 
 
-def _plans(model: nn.Module, rules: Rules | None = None, **sizes: int) -> list[ParameterPlan]:
+def _plans(model: nn.Module, rules: Rules | None = None, **sizes: int) -> list[Assignment]:
     sizes.setdefault("replicate_below", 0)
-    return plan_parameters(model, ShardingPolicy(rules=rules or {}, **sizes))
+    return assign(model, ShardingPolicy(rules=rules or {}, **sizes))
 
 
 def _homes(model: nn.Module, rules: Rules | None = None, **sizes: int) -> dict[str, Any]:
@@ -56,6 +56,7 @@ def test_without_rules_what_can_rotates_and_the_rest_is_gathered() -> None:
     homes = _homes(model)
     assert list(homes) == [name for name, _ in model.named_parameters()]
     assert {fqn for fqn, home in homes.items() if home == Rotate(0)} == {
+        "embed.weight",
         "layers.0.up.weight",
         "layers.0.down.weight",
         "layers.1.up.weight",
@@ -68,7 +69,7 @@ def test_without_rules_what_can_rotates_and_the_rest_is_gathered() -> None:
 
 def test_small_parameters_are_replicated_without_a_rule() -> None:
     homes = _homes(Model(), replicate_below=96)
-    assert homes["layers.0.up.weight"] == Rotate()  # 96 elements
+    assert homes["layers.0.up.weight"] == Rotate(0)  # 96 elements
     assert homes["embed.weight"] == homes["head.weight"] == Replicate()  # 80
     assert _homes(Model(), {"head.weight": Rotate(1)}, replicate_below=96)["head.weight"] == Rotate(
         1
@@ -122,7 +123,7 @@ def test_naming_a_module_names_everything_below_it() -> None:
 
 def test_a_fqn_is_not_a_prefix() -> None:
     model = nn.Sequential(OrderedDict(head=nn.Linear(2, 2), head2=nn.Linear(2, 2)))
-    assert _homes(model, {"head": Ignore()})["head2.weight"] == Rotate()
+    assert _homes(model, {"head": Ignore()})["head2.weight"] == Rotate(0)
 
 
 def test_rotate_leaves_what_has_no_rotated_form_to_the_default() -> None:
@@ -133,7 +134,8 @@ def test_rotate_leaves_what_has_no_rotated_form_to_the_default() -> None:
     # ... of the whole model, if that is named: what rotates is what can.
     homes = _homes(Model(), {"*": Rotate(1)})
     assert homes["head.weight"] == Rotate(1)
-    assert homes["embed.weight"] == Gather(0)
+    assert homes["embed.weight"] == Rotate(1)
+    assert homes["layers.0.norm.weight"] == Gather(0)
     assert homes["scale"] == Replicate()
 
 
@@ -164,8 +166,8 @@ def _patched() -> nn.Linear:
 
 def test_only_a_linear_layer_that_computes_like_one_is_rotated() -> None:
     """Another forward may use the weight in any way; gathered, it is right in all of them."""
-    assert _homes(SameForward(3, 4))["weight"] == Rotate()
-    assert _homes(nn.Linear(3, 4).bfloat16())["weight"] == Rotate()
+    assert _homes(SameForward(3, 4))["weight"] == Rotate(0)
+    assert _homes(nn.Linear(3, 4).bfloat16())["weight"] == Rotate(0)
     assert _homes(OwnForward(3, 4))["weight"] == Gather()
     assert _homes(_patched())["weight"] == Gather()
     assert _homes(nn.Bilinear(2, 3, 4))["weight"] == Gather()
@@ -180,7 +182,7 @@ def test_a_tied_parameter_has_one_home_and_a_use_for_every_name() -> None:
     (tied,) = (plan for plan in _plans(Model(tie=True)) if len(plan.uses) > 1)
     assert tied.fqn == "embed.weight"
     assert [(use.fqn, use.strategy) for use in tied.uses] == [
-        ("embed.weight", Gather(0)),
+        ("embed.weight", Rotate(0)),
         ("head.weight", Rotate(0)),
     ]
     assert tied.home == Rotate(0)
@@ -189,8 +191,13 @@ def test_a_tied_parameter_has_one_home_and_a_use_for_every_name() -> None:
 @pytest.mark.parametrize(
     ("rules", "home", "uses", "rule"),
     [
-        ({"head.weight": Rotate(1)}, Rotate(1), [Gather(1), Rotate(1)], "'head.weight'"),
-        ({"embed": Gather(1)}, Rotate(0), [Gather(0), Rotate(0)], "default"),
+        ({"head.weight": Rotate(1)}, Rotate(1), [Rotate(1)] * 2, "'head.weight'"),
+        ({"embed": Rotate(1)}, Rotate(1), [Rotate(1)] * 2, "'embed'"),
+        ({"embed": Rotate(1), "head": Gather()}, Rotate(1), [Rotate(1), Gather(1)], "'embed'"),
+        ({"embed": Gather(), "head": Rotate(1)}, Rotate(1), [Gather(1), Rotate(1)], "'head'"),
+        ({"embed": Gather(1)}, Rotate(1), [Gather(1), Rotate(1)], "'embed'"),
+        ({"head": Replicate()}, Replicate(), [Replicate()] * 2, "'head'"),
+        ({"head.w*": Gather(1), "embed": Gather()}, Gather(0), [Gather(0)] * 2, "'embed'"),
         ({"head.w*": Gather(1), "embed": Replicate()}, Gather(1), [Gather(1)] * 2, "'head.w*'"),
         ({"embed": Replicate(), "head": Rotate(1)}, Rotate(1), [Gather(1), Rotate(1)], "'head'"),
         ({"head": Replicate(), "embed": Replicate()}, Replicate(), [Replicate()] * 2, "'embed'"),
@@ -238,7 +245,6 @@ def _matches_nothing(fqn: str, module: nn.Module) -> bool:
         ({nn.Conv2d: Gather()}, r"rule Conv2d chose no parameter.*\)$"),
         ({_matches_nothing: Gather()}, r"rule _matches_nothing chose no parameter of this model"),
         ({"head": Gather(), "head.bias": Ignore()}, r"'head.bias' chose no.*took them\)$"),
-        ({"embed": Rotate()}, r"'embed' asks to rotate embed.weight, .*use Gather\(\) there"),
         ({nn.LayerNorm: Rotate()}, r"LayerNorm asks to rotate layers.0.norm.weight, which has no"),
         ({"head.bias": Rotate(1)}, r"'head.bias' asks to rotate head.bias"),
         ({"head": Gather(2)}, r"head.weight of shape \(10, 8\) has no dim 2 .*'head' name only"),
@@ -250,14 +256,22 @@ def test_rules_that_cannot_be_are_refused_with_a_remedy(rules: Rules, message: s
         _plans(Model(), rules)
 
 
-def test_parameters_without_values_are_refused() -> None:
+def test_rotating_a_sparse_embedding_is_refused_with_the_reason() -> None:
+    model = nn.Sequential(nn.Embedding(10, 8, sparse=True), nn.EmbeddingBag(10, 8, sparse=True))
+    for layer in ("0", "1"):
+        message = (
+            rf"'{layer}' asks to rotate {layer}.weight, which has no rotated form with "
+            rf"sparse=True: use Gather\(\) there"
+        )
+        with pytest.raises(ValueError, match=message):
+            _plans(model, {layer: Rotate()})
+    assert set(_homes(model).values()) == {Gather()}
+
+
+def test_parameters_without_a_shape_are_refused() -> None:
     lazy = nn.Sequential(nn.LazyLinear(3))
     with pytest.raises(ValueError, match=r"0.weight has no shape yet: run the lazy module once"):
         _plans(lazy)
-    with pytest.raises(ValueError, match=r"1.weight is on the meta device: give it values"):
-        _plans(nn.Sequential(nn.ReLU(), nn.Linear(2, 3, device="meta")))
-    with pytest.raises(ValueError, match=r"^weight is on the meta device"):
-        _plans(nn.Linear(2, 3, device="meta"))
 
 
 def test_the_plan_names_what_chose() -> None:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from rtp_wrap.modules import is_rotatable
+from rtp_wrap.modules import rotation_dim
 from rtp_wrap.policy import Gather, Ignore, Match, Replicate, Rotate, ShardingPolicy, Strategy
 
 
@@ -17,7 +17,7 @@ from rtp_wrap.policy import Gather, Ignore, Match, Replicate, Rotate, ShardingPo
 class Use:
     """One name of a parameter: the module that registers it and what that module does with it.
 
-    ``rule`` says what chose the strategy, for people.
+    ``rule`` says what chose the strategy, for people; ``ruled`` that it was one of the policy's.
     """
 
     module_fqn: str
@@ -25,6 +25,7 @@ class Use:
     name: str
     strategy: Strategy
     rule: str
+    ruled: bool
 
     @property
     def fqn(self) -> str:
@@ -32,11 +33,11 @@ class Use:
 
 
 @dataclass(frozen=True)
-class ParameterPlan:
+class Assignment:
     """One parameter, all its uses (several when it is tied), and how it is kept at home.
 
-    ``home`` is ``Rotate`` or ``Gather`` for a sharded parameter (both mean 1/N along ``dim``), and
-    ``rule`` says what chose it.
+    ``home`` is ``Rotate`` or ``Gather`` for a sharded parameter (both mean 1/N along ``dim``, which
+    is a number here), and ``rule`` says what chose it.
     """
 
     parameter: nn.Parameter
@@ -49,13 +50,15 @@ class ParameterPlan:
         return self.uses[0].fqn
 
 
-def plan_parameters(model: nn.Module, policy: ShardingPolicy) -> list[ParameterPlan]:
-    """One plan per distinct parameter of ``model``, in registration order.
+def assign(model: nn.Module, policy: ShardingPolicy) -> list[Assignment]:
+    """One assignment per distinct parameter of ``model``, in registration order.
 
-    A tied parameter is rotated if one of its uses is, else gathered if one is; the first such use
-    decides along which dim. Raises ``ValueError`` for rules that choose nothing, that ask to rotate
-    only what has no rotated form, that ignore some uses of a tied parameter but not all, or whose
-    ``dim`` a parameter does not have.
+    Of a tied parameter, uses that a rule has chosen for decide, or else all of them: it is rotated
+    if one of those is, else gathered if one is, and the first such use says along which dim.
+
+    Raises ``ValueError`` for
+    rules that choose nothing, that ask to rotate only what has no rotated form, that ignore some
+    uses of a tied parameter but not all, or whose ``dim`` a parameter does not have.
     """
     rules = _Rules(model, policy)
     parameters: dict[int, nn.Parameter] = {}
@@ -64,24 +67,20 @@ def plan_parameters(model: nn.Module, policy: ShardingPolicy) -> list[ParameterP
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            _check_parameter(module_fqn, name, parameter)
-            strategy, rule = rules.choose(module_fqn, module, name, parameter)
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(
+                    f"{_join(module_fqn, name)} has no shape yet: run the lazy module once before "
+                    f"wrapping"
+                )
+            strategy, rule, ruled = rules.choose(module_fqn, module, name, parameter)
             parameters.setdefault(id(parameter), parameter)
-            use = Use(module_fqn, module, name, strategy, rule)
+            use = Use(module_fqn, module, name, strategy, rule, ruled)
             uses.setdefault(id(parameter), []).append(use)
     rules.check_all_used()
     return [_reconcile(parameter, uses[key]) for key, parameter in parameters.items()]
 
 
-def _check_parameter(module_fqn: str, name: str, parameter: nn.Parameter) -> None:
-    fqn = _join(module_fqn, name)
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        raise ValueError(f"{fqn} has no shape yet: run the lazy module once before wrapping")
-    if parameter.is_meta:
-        raise ValueError(f"{fqn} is on the meta device: give it values before wrapping")
-
-
-def _reconcile(parameter: nn.Parameter, uses: list[Use]) -> ParameterPlan:
+def _reconcile(parameter: nn.Parameter, uses: list[Use]) -> Assignment:
     """Settle what a tied parameter is at home, and what that leaves to each use."""
     ignored = [use for use in uses if isinstance(use.strategy, Ignore)]
     if ignored:
@@ -91,27 +90,30 @@ def _reconcile(parameter: nn.Parameter, uses: list[Use]) -> ParameterPlan:
                 f"{ignored[0].fqn} and {other.fqn} are one tied parameter, but a rule ignores only "
                 f"the first: name both in the Ignore rule, or neither"
             )
-        return ParameterPlan(parameter, tuple(uses), Ignore(), uses[0].rule)
-    sharded = [use for use in uses if isinstance(use.strategy, Rotate)] or [
-        use for use in uses if isinstance(use.strategy, Gather)
+        return Assignment(parameter, tuple(uses), Ignore(), uses[0].rule)
+    # What a rule says about one of the uses holds for all of which none says anything.
+    ruled = [use for use in uses if use.ruled] or uses
+    sharded = [use for use in ruled if isinstance(use.strategy, Rotate)] or [
+        use for use in ruled if isinstance(use.strategy, Gather)
     ]
     if not sharded:
-        return ParameterPlan(parameter, tuple(uses), Replicate(), uses[0].rule)
-    home, rule = sharded[0].strategy, sharded[0].rule
-    assert isinstance(home, Rotate | Gather)
-    if home.dim >= max(1, parameter.dim()):
+        replicas = tuple(replace(use, strategy=Replicate()) for use in uses)
+        return Assignment(parameter, replicas, Replicate(), ruled[0].rule)
+    chosen, rule = sharded[0].strategy, sharded[0].rule
+    assert isinstance(chosen, Rotate | Gather)
+    dim = chosen.dim
+    assert dim is not None
+    if dim >= max(1, parameter.dim()):
         raise ValueError(
-            f"{sharded[0].fqn} of shape {tuple(parameter.shape)} has no dim {home.dim} to shard: "
+            f"{sharded[0].fqn} of shape {tuple(parameter.shape)} has no dim {dim} to shard: "
             f"let the rule {rule} name only parameters that have one"
         )
     settled = tuple(
-        replace(
-            use,
-            strategy=Rotate(home.dim) if isinstance(use.strategy, Rotate) else Gather(home.dim),
-        )
+        replace(use, strategy=Rotate(dim) if isinstance(use.strategy, Rotate) else Gather(dim))
         for use in uses
     )
-    return ParameterPlan(parameter, settled, home, rule)
+    rotates = any(isinstance(use.strategy, Rotate) for use in settled)
+    return Assignment(parameter, settled, Rotate(dim) if rotates else Gather(dim), rule)
 
 
 class _Rules:
@@ -131,24 +133,27 @@ class _Rules:
 
     def choose(
         self, module_fqn: str, module: nn.Module, name: str, parameter: nn.Parameter
-    ) -> tuple[Strategy, str]:
-        rotatable = is_rotatable(module, name)
+    ) -> tuple[Strategy, str, bool]:
+        """The strategy, what chose it, and whether that was one of the rules."""
+        natural = rotation_dim(module, name)
         for match, strategy in self._policy.rules.items():
             if not any(self._matches(match, fqn, name) for fqn in self._names[module]):
                 continue
             self._matched[match].append(_join(module_fqn, name))
             if isinstance(strategy, Rotate):
-                if not rotatable:
+                if natural is None:
                     continue  # the rule is for others: a bias beside its weight, say
                 self._rotated.add(match)
+                if strategy.dim is None:
+                    strategy = Rotate(natural)
             if isinstance(strategy, Gather) and parameter.dim() == 0:
                 continue
-            return strategy, _name(match)
+            return strategy, _name(match), True
         if parameter.dim() == 0:
-            return Replicate(), "scalar"
+            return Replicate(), "scalar", False
         if parameter.numel() < self._policy.replicate_below:
-            return Replicate(), f"below {self._policy.replicate_below} elements"
-        return (Rotate(), "default") if rotatable else (Gather(), "default")
+            return Replicate(), f"below {self._policy.replicate_below} elements", False
+        return (Gather() if natural is None else Rotate(natural)), "default", False
 
     def _matches(self, match: Match, module_fqn: str, name: str) -> bool:
         if isinstance(match, str) and fnmatchcase(_join(module_fqn, name), match):
@@ -177,8 +182,13 @@ class _Rules:
             if isinstance(self._policy.rules[match], Rotate) and match not in self._rotated:
                 raise ValueError(
                     f"the policy rule {_name(match)} asks to rotate {matched[0]}, which has no "
-                    f"rotated form: use Gather() there"
+                    f"rotated form{self._why(matched[0])}: use Gather() there"
                 )
+
+    def _why(self, fqn: str) -> str:
+        module = self._modules[fqn.rpartition(".")[0]]
+        sparse = isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse
+        return " with sparse=True" if sparse else ""
 
 
 def _enclosing(module_fqn: str) -> Iterator[str]:

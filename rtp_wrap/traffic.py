@@ -1,0 +1,101 @@
+"""What a rank sends in one step (a forward and a backward), per strategy: messages and bytes.
+
+For ``N`` ranks, a weight of ``B`` bytes in the dtype that travels and a gradient of ``G`` bytes in
+the accumulators' dtype, a rank sends
+
+    Rotate      forward (N-1)/N B; backward (N-1)/N B for dgrad and (N-1)/N G for wgrad, in as many
+                hops as the staging cuts a shard into, times N-1 each
+    Gather      forward (N-1)/N B; backward (N-1)/N B again for dgrad and (N-1)/N G for wgrad: ring
+                all-gather and reduce-scatter, whose messages are the backend's
+    Replicate   2 (N-1)/N G: ring all-reduce
+
+Even shards give these numbers exactly; of uneven ones, what this rank sends is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from rtp_wrap.policy import MixedPrecisionPolicy
+from rtp_wrap.shard import Tile, TileGrid, extent
+from rtp_wrap.transport import Staging
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """``hops`` are messages of a rotation, ``nbytes`` what they and collectives carry."""
+
+    hops: int = 0
+    nbytes: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.hops + other.hops, self.nbytes + other.nbytes)
+
+    def __mul__(self, times: int) -> Traffic:
+        return Traffic(self.hops * times, self.nbytes * times)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What traffic depends on besides the parameter."""
+
+    world_size: int
+    rank: int
+    staging_bytes: int
+    overlap: bool
+    precision: MixedPrecisionPolicy
+
+    def rotate(
+        self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, dgrad: bool, wgrad: bool
+    ) -> Traffic:
+        compute = self.precision.compute_dtype(dtype)
+        sums = self.precision.accumulator_dtype(dtype)
+        total = self._lane(shape, dim, compute, self._cut(compute, 2), staying=self.rank - 1)
+        if dgrad or wgrad:
+            slots = 2 if not (dgrad and wgrad) else 4 if self.overlap else 3
+            widest = max((compute, sums) if wgrad else (compute,), key=lambda each: each.itemsize)
+            cut = self._cut(widest, slots)
+            if dgrad:
+                total += self._lane(shape, dim, compute, cut, staying=self.rank - 1)
+            if wgrad:
+                total += self._lane(shape, dim, sums, cut, staying=self.rank)
+        return total
+
+    def gather(
+        self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, again: bool, trained: bool
+    ) -> Traffic:
+        """``again`` is for what backward needs a second time."""
+        start, stop = extent(shape[dim], self.world_size, 0)  # the backend pads to the largest
+        largest = math.prod(shape) // max(1, shape[dim]) * (stop - start)
+        sent = largest * self.precision.compute_dtype(dtype).itemsize * (2 if again else 1)
+        if trained:
+            sent += largest * self.precision.accumulator_dtype(dtype).itemsize
+        return Traffic(0, sent * (self.world_size - 1))
+
+    def replicate(self, shape: tuple[int, ...], dtype: torch.dtype, trained: bool) -> Traffic:
+        sums = self.precision.average_dtype(dtype)
+        share = math.prod(shape) * sums.itemsize / self.world_size
+        return Traffic(0, round(2 * (self.world_size - 1) * share) if trained else 0)
+
+    def _cut(self, dtype: torch.dtype, slots: int) -> int:
+        """How many elements of ``dtype`` a tile may have."""
+        return Staging.slot_size(self.staging_bytes, slots) // dtype.itemsize
+
+    def _lane(
+        self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, max_numel: int, staying: int
+    ) -> Traffic:
+        """Every owner's tiles are passed on but those that stay: ``staying`` is their owner."""
+        if self.world_size == 1:
+            return Traffic()
+        grid = TileGrid(shape, dim, self.world_size, max_numel)
+        owners = [each for each in range(self.world_size) if each != staying % self.world_size]
+        tiles = [grid.tile(owner, cell) for owner in owners for cell in grid.cells()]
+        numel = sum(_numel(grid, tile) for tile in tiles)
+        return Traffic(sum(1 for tile in tiles if tile.numel), numel * dtype.itemsize)
+
+
+def _numel(grid: TileGrid, tile: Tile) -> int:
+    return math.prod(grid.tile_shape(tile))

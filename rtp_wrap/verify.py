@@ -1,0 +1,124 @@
+"""What must hold before anything of a model is changed, on every rank."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from rtp_wrap.assign import Assignment
+from rtp_wrap.modules import Adopted, refuse_max_norm
+from rtp_wrap.policy import Ignore
+from rtp_wrap.ring import Ring, was_retired
+
+
+def check_module(module: nn.Module) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"RotatedTensorParallel wraps an nn.Module, not {type(module).__name__}")
+    for fqn, inner in module.named_modules():
+        if isinstance(inner, Adopted) or "_ring" in vars(inner):
+            raise ValueError(
+                f"{fqn or 'the model'} is wrapped already: wrap the outermost module, once"
+            )
+    for fqn, parameter in module.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(
+                f"{fqn} is a DTensor: wrap the model before other parallelism shards it"
+            )
+        if was_retired(parameter):
+            raise ValueError(
+                f"{fqn} is tied to a model that was wrapped before: put both models into one "
+                f"module and wrap that"
+            )
+
+
+def check_init_fn(param_init_fn: object) -> None:
+    if param_init_fn is not None and not callable(param_init_fn):
+        raise TypeError(
+            f"param_init_fn={param_init_fn!r} cannot be called: give a function of one module"
+        )
+
+
+def check_uses(assignments: list[Assignment], world_size: int) -> None:
+    for each in assignments:
+        for use in each.uses:
+            if use.strategy == Ignore():
+                continue
+            if isinstance(use.module, torch.jit.ScriptModule):
+                raise TypeError(
+                    f"{use.fqn} belongs to a TorchScript module, whose forward cannot see sharded "
+                    f"parameters: wrap the Python module it was made from, or Ignore() it"
+                )
+            if world_size > 1 and use.name == "weight":
+                refuse_max_norm(use.module, use.fqn)
+
+
+def mesh_of(group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> DeviceMesh:
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "RotatedTensorParallel needs a process group: start with torchrun and call "
+            "torch.distributed.init_process_group() before wrapping"
+        )
+    if mesh is not None:
+        if group is not None:
+            raise ValueError("give either group or mesh, not both")
+        if not isinstance(mesh, DeviceMesh):
+            raise TypeError(f"mesh is a {type(mesh).__name__}, not a DeviceMesh")
+        if mesh.ndim != 1:
+            raise ValueError(
+                f"mesh has the dimensions {mesh.mesh_dim_names or mesh.shape}: give the 1-D slice "
+                f'to shard over, for example mesh["rtp"]'
+            )
+        if mesh.get_coordinate() is None:
+            raise ValueError(f"rank {dist.get_rank()} is not in the mesh: wrap on its ranks only")
+        return mesh
+    group = group if group is not None else dist.group.WORLD
+    outside: object = dist.GroupMember.NON_GROUP_MEMBER
+    if group is outside:
+        raise ValueError(f"rank {dist.get_rank()} is not in the group: wrap on its ranks only")
+    if not isinstance(group, dist.ProcessGroup):
+        hint = ": give it as mesh=" if isinstance(group, DeviceMesh) else ""
+        raise TypeError(f"group is a {type(group).__name__}, not a ProcessGroup{hint}")
+    on_cuda = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config(group))
+    # Named after the group: torch takes meshes of the same ranks and names for one, and remembers
+    # them, so that a DTensor could end up with the mesh of another (or a destroyed) group.
+    name = f"rtp:{group.group_name}"
+    return DeviceMesh.from_group(group, "cuda" if on_cuda else "cpu", mesh_dim_names=(name,))
+
+
+def device_of(mesh: DeviceMesh, assignments: list[Assignment]) -> torch.device:
+    """Where home shards live: this rank's device of the mesh's type."""
+    kind = mesh.device_type
+    device = (
+        torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    )
+    for each in assignments:
+        if each.parameter.device.type not in ("cpu", "meta", kind):
+            raise ValueError(
+                f"{each.fqn} is on {each.parameter.device}, but the group's backend moves {kind} "
+                f"tensors: initialise it with the backend for that device (NCCL for CUDA)"
+            )
+    return device
+
+
+def check_same_everywhere(
+    module: nn.Module, assignments: list[Assignment], ring: Ring, param_init_fn: object
+) -> None:
+    """Ranks with another model or policy would hang or mix up weights; they get an error here."""
+    for each in assignments:
+        parameter = each.parameter
+        uses = [f"{use.fqn} {use.strategy} {type(use.module).__name__}" for use in each.uses]
+        ring.lockstep.record(
+            f"parameter {each.fqn} {tuple(parameter.shape)} {parameter.dtype} {each.home} {uses} "
+            f"requires_grad={parameter.requires_grad} meta={parameter.is_meta}"
+        )
+    for fqn, buffer in module.named_buffers():
+        ring.lockstep.record(
+            f"buffer {fqn} {tuple(buffer.shape)} {buffer.dtype} meta={buffer.is_meta}"
+        )
+    ring.lockstep.record(f"staging of {ring.staging.nbytes} bytes, overlap={ring.overlap}")
+    ring.lockstep.record(f"{ring.precision}")
+    ring.lockstep.record(f"{'a' if param_init_fn is not None else 'no'} param_init_fn")
+    ring.lockstep.verify("wrapping", "Wrap the same model with the same policy on every rank")
