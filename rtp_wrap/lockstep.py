@@ -51,6 +51,10 @@ class Lockstep:
             self._host: Any = dist.ProcessGroupGloo(
                 self._store, self._rank, self._world_size, _timeout(group)
             )
+            # Kept until the next one, and after `_host`, whose end joins its threads: otherwise the
+            # tensors of the last comparison may be freed by one of those threads, which needs the
+            # interpreter for it, and aborts the process if that is just ending.
+            self._comparison: dist.Work | None = None
         self._count = 0
         self._exchanges = 0
         self._history: deque[str] = deque(maxlen=HISTORY)
@@ -73,7 +77,8 @@ class Lockstep:
         mine = torch.tensor(state, device="cpu")  # whatever the default device is
         states = [torch.empty_like(mine) for _ in range(self._world_size)]
         try:
-            self._host.allgather([states], [mine]).wait()
+            self._comparison = comparison = self._host.allgather([states], [mine])
+            comparison.wait()
             if all(torch.equal(state, mine) for state in states):
                 self._history.clear()
                 return

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from copy import deepcopy
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,3 +182,39 @@ def _skipped_step() -> None:
 @multi_world_sizes
 def test_an_optimizer_step_that_one_rank_skips_is_an_error_on_the_others(world_size: int) -> None:
     run_ranks(world_size, _skipped_step)
+
+
+#: Many short lives of two ranks, each of which ends right behind a comparison, while Gloo's threads
+#: cannot have the interpreter. Forked, since an import takes longer than all the rest.
+ENDINGS = """
+import os, sys
+import torch.distributed as dist
+from rtp_wrap.lockstep import Lockstep
+
+for attempt in range(6):
+    ranks = [0, 0]
+    for rank in range(2):
+        ranks[rank] = os.fork()
+        if not ranks[rank]:
+            file = f"file://{sys.argv[1]}/{attempt}"
+            dist.init_process_group("gloo", init_method=file, rank=rank, world_size=2)
+            lockstep = Lockstep(dist.group.WORLD)
+            sys.setswitchinterval(1000)
+            lockstep.verify("its end")
+            sys.exit()
+    if statuses := [status for rank in ranks if (status := os.waitpid(rank, 0)[1])]:
+        sys.exit(f"attempt {attempt}: {statuses}")
+"""
+
+
+@pytest.mark.skipif("RANK" in os.environ, reason="starts ranks of its own")
+def test_a_program_may_end_behind_a_comparison(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ENDINGS, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
