@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rtp_wrap import RotatedTensorParallel, ShardingPolicy
 
@@ -124,7 +125,7 @@ class Prediction:
 
 def predict(model: RotatedTensorParallel, shape: Shape) -> Prediction:
     """What one rank allocates for parameters, Adam's two moments and the step's transients."""
-    home = sum(parameter.to_local().nbytes for parameter in model.parameters())
+    home = sum(p.to_local().nbytes for p in model.parameters() if isinstance(p, DTensor))
     item = next(model.parameters()).itemsize
     logits = shape.tokens * shape.vocab * item
     tile = min(model.staging_bytes // 2, shape.vocab // dist.get_world_size() * shape.dim * item)

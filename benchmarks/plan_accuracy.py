@@ -18,10 +18,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from peak_memory import MIB, Model, Shape
 from torch import nn
 
 import rtp_wrap
+from peak_memory import MIB, Model, Shape
 from rtp_wrap import MixedPrecisionPolicy, RotatedTensorParallel
 
 

@@ -37,17 +37,16 @@ class Attention(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.heads, self.kv_heads = shape.heads, shape.kv_heads
-        head = shape.dim // shape.heads
+        self.head = head = shape.dim // shape.heads
         self.q = nn.Linear(shape.dim, shape.heads * head, bias=False)
         self.k = nn.Linear(shape.dim, shape.kv_heads * head, bias=False)
         self.v = nn.Linear(shape.dim, shape.kv_heads * head, bias=False)
         self.out = nn.Linear(shape.heads * head, shape.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        q = rotate_by_position(self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2))
-        k = rotate_by_position(self.k(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2))
-        v = self.v(x).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        q = rotate_by_position(self.q(x).unflatten(-1, (-1, self.head)).transpose(1, 2))
+        k = rotate_by_position(self.k(x).unflatten(-1, (-1, self.head)).transpose(1, 2))
+        v = self.v(x).unflatten(-1, (-1, self.head)).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.out(y.transpose(1, 2).flatten(2))
 

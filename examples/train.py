@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from checkpoint import save_and_prove
+from launch import launch
 from model import VOCABULARY, ByteTransformer
 from report import Bytes, progress, size, table, tell, training_state
 from rtp_wrap import RotatedTensorParallel
@@ -66,9 +67,8 @@ def main() -> None:
         text = Text(read_text(options.data, options.max_bytes), options.seq_len)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if "RANK" not in os.environ:
-        launch()
-    elif not run(options, text):
+    launch(__file__)
+    if not run(options, text):
         sys.exit(128 + signal.SIGINT)
 
 
@@ -91,22 +91,6 @@ def arguments() -> argparse.ArgumentParser:
     add("--sample-bytes", type=int, default=400, help="default: %(default)s")
     add("--temperature", type=float, default=0.7, help="0 is greedy; default: %(default)s")
     return parser
-
-
-def launch() -> None:
-    """Start this file again on every GPU of the machine, or on two CPU ranks."""
-    from torch.distributed.elastic.multiprocessing import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    ranks = torch.cuda.device_count() or 2
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    try:
-        torchrun(["--standalone", f"--nproc-per-node={ranks}", __file__, *sys.argv[1:]])
-    except SignalException as stopped:
-        sys.exit(128 + stopped.sigval)
-    except ChildFailedError as failed:  # the rank itself has printed why
-        sys.exit(failed.get_first_failure()[1].exitcode)
 
 
 def run(options: argparse.Namespace, text: Text) -> bool:
@@ -132,7 +116,7 @@ def run(options: argparse.Namespace, text: Text) -> bool:
     if held:
         finish(model, optimizer, text, options, device)
         tell(table(held, device))
-    dist.barrier()  # a Gloo thread still busy when the interpreter ends would abort it
+    dist.barrier()  # a Gloo thread that still frees tensors when Python ends aborts the process
     dist.destroy_process_group()
     return bool(held)
 

@@ -1,0 +1,74 @@
+"""Peak memory of a stretch of a program, and a limit that is enforced.
+
+On CUDA both are the caching allocator's: what tensors took (allocated) and what it had asked the
+device for (reserved). The CPU has no such counter: there, on Linux, both are by how much the
+process' resident memory grew, and the limit is one of its data segment.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # proc(5): clear_refs
+
+
+class Memory:
+    """Counts from construction on; ``limit_mib``, if any, holds until ``release``."""
+
+    def __init__(self, device: torch.device, limit_mib: float | None = None) -> None:
+        self._device = device
+        self.release()
+        self._before = 0 if device.type == "cuda" else _status("VmRSS")
+        if limit_mib is not None:
+            self._limit(int(limit_mib * 2**20))
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            _CLEAR.write_text(_RESET_PEAK)
+
+    def peak(self) -> tuple[int, int]:
+        """Bytes allocated and reserved, at most, since the last ``restart``."""
+        if self._device.type == "cuda":
+            allocated = torch.cuda.max_memory_allocated(self._device)
+            return allocated, torch.cuda.max_memory_reserved(self._device)
+        grown = _status("VmHWM") - self._before
+        return grown, grown
+
+    def release(self) -> None:
+        """Give back what is free and lift the limit."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0, self._device)
+        else:
+            resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2)
+            ctypes.CDLL(None).malloc_trim(0)
+        self.restart()
+
+    def _limit(self, nbytes: int) -> None:
+        if self._device.type == "cuda":
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), self._device)
+        else:
+            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+            resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + nbytes, hard))
+
+
+def _status(field: str) -> int:
+    """Bytes of a line of this process' status; see proc(5)."""
+    for line in _STATUS.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.split()[0]) * 1024
+    raise RuntimeError(f"{_STATUS} has no {field}")

@@ -1,0 +1,158 @@
+"""What is compared: one model, prepared for training in different ways.
+
+Every strategy gets the model on the meta device and materialises it piece by piece, so that none
+needs more memory at the start than in the step, and all start from the same weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy as FSDP2MixedPrecisionPolicy
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from harness.models import initialise, materialise
+from harness.tensor_parallel import parallelize
+from rtp_wrap import MixedPrecisionPolicy, RotatedTensorParallel, ShardingPolicy
+
+#: The parameters' dtype per ``--precision``; "mixed" computes in bf16 and reduces in fp32.
+PRECISIONS = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "mixed": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a model is to be trained, whatever the strategy."""
+
+    precision: str = "fp32"
+    compile: bool = False
+    checkpointing: bool = False
+    staging_mib: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision {self.precision!r} is none of {', '.join(PRECISIONS)}")
+
+    @property
+    def mixed(self) -> bool:
+        return self.precision == "mixed"
+
+
+Prepare = Callable[[nn.Module, Setting, torch.device], nn.Module]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """``shares_batch``: all ranks work on one batch of ``N`` times the size, not each on its own.
+
+    ``autocast``: mixed precision is autocast's, since the strategy has none of its own.
+    """
+
+    name: str
+    label: str
+    prepare: Prepare
+    shares_batch: bool = False
+    autocast: bool = False
+
+    def loss(self) -> AbstractContextManager[object]:
+        """Around the loss and its backward."""
+        return loss_parallel() if self.shares_batch else nullcontext()
+
+    def forward(self, setting: Setting, device: torch.device) -> AbstractContextManager[object]:
+        """Around the forward."""
+        enabled = self.autocast and setting.mixed
+        return torch.autocast(device.type, torch.bfloat16) if enabled else nullcontext()
+
+
+def apply(
+    strategy: Strategy, model: nn.Module, setting: Setting, device: torch.device
+) -> nn.Module:
+    """Dtype, checkpointing and compilation, then the strategy."""
+    model.to(PRECISIONS[setting.precision])
+    for block in model.blocks:  # type: ignore[union-attr]
+        if setting.checkpointing:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if setting.compile:
+            block.compile()
+    return strategy.prepare(model, setting, device)
+
+
+def _plain(model: nn.Module, setting: Setting, device: torch.device) -> nn.Module:
+    materialise(model, "", device)
+    return model
+
+
+def _ddp(model: nn.Module, setting: Setting, device: torch.device) -> nn.Module:
+    materialise(model, "", device)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def _fsdp2(
+    model: nn.Module, setting: Setting, device: torch.device, per_block: bool = True
+) -> nn.Module:
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = FSDP2MixedPrecisionPolicy()
+    if setting.mixed:
+        policy = FSDP2MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    shard = functools.partial(fully_shard, mesh=mesh, mp_policy=policy)
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList):
+            for index, block in enumerate(child):
+                materialise(block, f"{name}.{index}", device)
+                if per_block:
+                    shard(block)
+        else:
+            materialise(child, name, device)
+    shard(model)
+    return model
+
+
+def _tensor_parallel(model: nn.Module, setting: Setting, device: torch.device) -> nn.Module:
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    parallelize(model, mesh, functools.partial(materialise, device=device))
+    return model
+
+
+def _rtp(
+    model: nn.Module, setting: Setting, device: torch.device, inplace: bool = False
+) -> nn.Module:
+    names = {module: fqn for fqn, module in model.named_modules()}
+    policy = ShardingPolicy()
+    if setting.staging_mib is not None:
+        policy = ShardingPolicy(staging_bytes=setting.staging_mib << 20)
+    precision = MixedPrecisionPolicy()
+    if setting.mixed:
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return RotatedTensorParallel(
+        model,
+        inplace=inplace,
+        policy=policy,
+        mixed_precision=precision,
+        param_init_fn=lambda module: initialise(module, names[module]),
+    )
+
+
+_ALL = (
+    Strategy("single", "one rank", _plain, autocast=True),
+    Strategy("dp", "DDP", _ddp, autocast=True),
+    Strategy("fsdp-root", "FSDP2, root only", functools.partial(_fsdp2, per_block=False)),
+    Strategy("fsdp", "FSDP2 per block", _fsdp2),
+    Strategy("tp", "DTensor TP + SP", _tensor_parallel, shares_batch=True, autocast=True),
+    Strategy("rtp", "rtp_wrap", _rtp),
+    Strategy("rtp-inplace", "rtp_wrap, in place", functools.partial(_rtp, inplace=True)),
+)
+STRATEGIES = {strategy.name: strategy for strategy in _ALL}
