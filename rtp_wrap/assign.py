@@ -56,9 +56,9 @@ def assign(model: nn.Module, policy: ShardingPolicy) -> list[Assignment]:
     Of a tied parameter, uses that a rule has chosen for decide, or else all of them: it is rotated
     if one of those is, else gathered if one is, and the first such use says along which dim.
 
-    Raises ``ValueError`` for
-    rules that choose nothing, that ask to rotate only what has no rotated form, that ignore some
-    uses of a tied parameter but not all, or whose ``dim`` a parameter does not have.
+    Raises ``ValueError`` for rules that choose nothing, that ask to rotate only what has no rotated
+    form, that ignore some uses of a tied parameter but not all, or whose ``dim`` a parameter does
+    not have, and for parameters of lazy modules, which have no shape yet.
     """
     rules = _Rules(model, policy)
     parameters: dict[int, nn.Parameter] = {}

@@ -8,6 +8,15 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
+from rtp_wrap.policy import MixedPrecisionPolicy
+
+
+def cast_inputs(inputs: Any, precision: MixedPrecisionPolicy) -> Any:
+    """A module's ``(args, kwargs)`` in the dtype in which it computes, if the policy casts them."""
+    if precision.param_dtype is None or not precision.cast_forward_inputs:
+        return inputs
+    return cast_floats(inputs, precision.param_dtype)
+
 
 def cast_floats(value: Any, dtype: torch.dtype) -> Any:
     """``value`` with every floating-point tensor in it as ``dtype``; the same object if none is.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rtp_wrap.policy import Gather, Rotate
+from rtp_wrap.policy import shard_dim
 
 if TYPE_CHECKING:
     from rtp_wrap.planner import Plan, PlannedParameter
@@ -21,15 +21,14 @@ def describe(plan: Plan) -> str:
     rows = []
     for (pattern, *_), members in groups.items():  # type: ignore[misc]
         one = members[0]
-        home = one.home
         traffic = [plan.traffic(each) for each in members]
         rows.append(
             (
                 pattern if len(members) > 1 else one.fqn,
                 len(members),
                 one.uses[0].kind,
-                type(home).__name__,
-                home.dim if isinstance(home, Rotate | Gather) else None,
+                type(one.home).__name__,
+                shard_dim(one.home),
                 _shape(one.shape),
                 _shape(one.shard_shape(plan.world_size)),
                 str(one.dtype).removeprefix("torch."),

@@ -12,14 +12,14 @@ from dataclasses import replace
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import Replicate as ReplicatePlacement
+from torch.distributed.tensor import Shard
 
 from rtp_wrap.assign import Assignment
 from rtp_wrap.materialise import ParamInitFn, materialise
-from rtp_wrap.policy import Gather, Ignore, Replicate, Rotate, Strategy
+from rtp_wrap.policy import Ignore, Replicate, Strategy, shard_dim
 from rtp_wrap.ring import Ring, register, retire
-from rtp_wrap.shard import contiguous_stride, extent
+from rtp_wrap.shard import dtensor_of, extent, local_shape
 
 #: The size of a piece of a parameter on its way to its owner, in bytes.
 PIECE_BYTES = 16 << 20
@@ -36,13 +36,11 @@ def settle(
     """
     whole = parameter.detach() if values is None else values
     shape = whole.shape
-    dim = home.dim if isinstance(home, Rotate | Gather) else None
+    dim = shard_dim(home)
     assert (dim is None) == isinstance(home, Replicate)
     start, stop = (0, 0) if dim is None else extent(shape[dim], ring.world_size, ring.rank)
-    local_shape = list(shape)
-    if dim is not None:
-        local_shape[dim] = stop - start
-    local = torch.empty(local_shape, dtype=whole.dtype, device=ring.device)
+    own_shape = local_shape(shape, dim, ring.world_size, ring.rank)
+    local = torch.empty(own_shape, dtype=whole.dtype, device=ring.device)
     # Cut along dim 0, whatever is sharded: pieces are contiguous in rank 0's memory.
     for at, piece in _pieces(whole, ring):
         end = at + piece.shape[0]
@@ -54,14 +52,8 @@ def settle(
             local.view(shape or 1)[at:end] = piece
         else:
             local[at:end] = piece.narrow(dim, start, stop - start)
-    dtensor = DTensor.from_local(
-        local,
-        ring.mesh,
-        [ReplicatePlacement() if dim is None else Shard(dim)],
-        run_check=False,
-        shape=shape,
-        stride=contiguous_stride(shape),
-    )
+    placement = ReplicatePlacement() if dim is None else Shard(dim)
+    dtensor = dtensor_of(local, ring.mesh, [placement], shape)
     settled = nn.Parameter(dtensor, requires_grad=parameter.requires_grad)
     vars(settled).update(vars(parameter))
     register(settled, ring)

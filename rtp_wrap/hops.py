@@ -22,6 +22,17 @@ from rtp_wrap.ring import Ring
 _TAG_MASK = 0x3FFFFFFF
 
 
+def backward_slots(
+    weights: torch.dtype, sums: torch.dtype, *, dgrad: bool, wgrad: bool, overlap: bool
+) -> tuple[int, torch.dtype]:
+    """How many slots a backward needs, and the widest dtype that a tile in one of them has.
+
+    Weights travel in the dtype ``weights`` for ``dgrad``, accumulators in ``sums`` for ``wgrad``.
+    """
+    slots = 2 if not (dgrad and wgrad) else 4 if overlap else 3
+    return slots, max((weights, sums) if wgrad else (weights,), key=lambda each: each.itemsize)
+
+
 class Rotation:
     """All hops of one site in one direction of the pass; a context manager.
 

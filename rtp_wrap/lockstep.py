@@ -51,10 +51,12 @@ class Lockstep:
             self._host: Any = dist.ProcessGroupGloo(
                 self._store, self._rank, self._world_size, _timeout(group)
             )
-            # Kept until the next one, and after `_host`, whose end joins its threads: otherwise the
-            # tensors of the last comparison may be freed by one of those threads, which needs the
-            # interpreter for it, and aborts the process if that is just ending.
+            # The last comparison outlives `_host`, whose end joins its threads: if one of those let
+            # go of tensors last, it would need the interpreter for it, which may be ending, and
+            # that aborts the process. With a buffer made once no step leaves anything behind.
             self._comparison: dist.Work | None = None
+            #: One row per rank, and this rank's own: (events, digest, occasion).
+            self.buffer = torch.zeros(self._world_size + 1, 3, dtype=torch.int64, device="cpu")
         self._count = 0
         self._exchanges = 0
         self._history: deque[str] = deque(maxlen=HISTORY)
@@ -73,13 +75,13 @@ class Lockstep:
         """
         if self._world_size == 1:
             return
-        state = [self._count, self.digest, zlib.crc32(occasion.encode())]
-        mine = torch.tensor(state, device="cpu")  # whatever the default device is
-        states = [torch.empty_like(mine) for _ in range(self._world_size)]
+        mine = [self._count, self.digest, zlib.crc32(occasion.encode())]
+        *states, sent = self.buffer.unbind()
+        sent.copy_(torch.tensor(mine, device="cpu"))  # whatever the default device is
         try:
-            self._comparison = comparison = self._host.allgather([states], [mine])
+            self._comparison = comparison = self._host.allgather([states], [sent])
             comparison.wait()
-            if all(torch.equal(state, mine) for state in states):
+            if all(state.tolist() == mine for state in states):
                 self._history.clear()
                 return
             accounts = self._exchange((occasion, self._count, list(self._history)))

@@ -32,13 +32,13 @@ _NAMED = 5
 
 
 def check_initialisable(
-    model: nn.Module, plans: list[Assignment], param_init_fn: ParamInitFn | None
+    model: nn.Module, assignments: list[Assignment], param_init_fn: ParamInitFn | None
 ) -> None:
     """Raise ``ValueError`` for what is on the meta device and will get no values."""
-    for plan in plans:
-        if isinstance(plan.home, Ignore) and plan.parameter.is_meta:
+    for each in assignments:
+        if isinstance(each.home, Ignore) and each.parameter.is_meta:
             raise ValueError(
-                f"{plan.fqn} is on the meta device and the policy ignores it: give it values "
+                f"{each.fqn} is on the meta device and the policy ignores it: give it values "
                 f"before wrapping, or let no Ignore() rule name it"
             )
     unable = [

@@ -9,28 +9,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy as FSDP2MixedPrecisionPolicy
 
 from rtp_wrap.assign import Assignment, assign
-from rtp_wrap.casting import cast_floats
+from rtp_wrap.casting import cast_inputs
 from rtp_wrap.describe import describe
 from rtp_wrap.modules import precision_of, rotation_dim
 from rtp_wrap.policy import (
     Gather,
-    Ignore,
     MixedPrecisionPolicy,
     Replicate,
     Rotate,
     Rules,
     ShardingPolicy,
     Strategy,
+    shard_dim,
 )
-from rtp_wrap.shard import extent
+from rtp_wrap.shard import local_shape
 from rtp_wrap.sites import Pair, Site, outside_uses_of, pairs_of, sites_of
 from rtp_wrap.trace import capture
 from rtp_wrap.traffic import Network, Traffic
@@ -42,7 +42,7 @@ STAGING_BYTES = 128 << 20
 #: Default with ``inplace=True``: two tiles of 8 MiB in forward, three of 5 in backward.
 INPLACE_STAGING_BYTES = 16 << 20
 
-_STRATEGIES: dict[str, Any] = {each.__name__: each for each in (Rotate, Gather, Replicate, Ignore)}
+_STRATEGIES: dict[str, Any] = {each.__name__: each for each in get_args(Strategy)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +88,7 @@ class PlannedParameter:
 
     def shard_shape(self, world_size: int, rank: int = 0) -> tuple[int, ...]:
         """What ``rank`` keeps; rank 0 has the largest part."""
-        dim = self.home.dim if isinstance(self.home, Rotate | Gather) else None
-        if dim is None:
-            return self.shape
-        start, stop = extent(self.shape[dim], world_size, rank)
-        return (*self.shape[:dim], stop - start, *self.shape[dim + 1 :])
+        return local_shape(self.shape, shard_dim(self.home), world_size, rank)
 
     def shard_bytes(self, world_size: int, rank: int = 0) -> int:
         return math.prod(self.shard_shape(world_size, rank)) * self.dtype.itemsize
@@ -153,14 +149,13 @@ class Plan:
         trained = parameter.requires_grad
         for use in parameter.uses:
             calls, trains_input = self._calls(use.module)
+            dgrad = use.passes_gradient and trains_input
             strategy = use.strategy
             if isinstance(strategy, Rotate):
                 assert strategy.dim is not None
-                dgrad = use.passes_gradient and trains_input
                 total += network.rotate(shape, strategy.dim, dtype, dgrad, trained) * calls
             elif isinstance(strategy, Gather):
-                again = use.passes_gradient and trains_input
-                total += network.gather(shape, strategy.dim, dtype, again, trained) * calls
+                total += network.gather(shape, strategy.dim, dtype, dgrad, trained) * calls
         # Once a forward, whatever the number of uses is.
         if isinstance(parameter.home, Replicate):
             total += network.replicate(shape, dtype, trained)
@@ -244,6 +239,10 @@ def plan_of(
     precision: MixedPrecisionPolicy,
     inplace: bool,
 ) -> Plan:
+    """The plan of parameters that have their strategies, without what a trace would tell.
+
+    Raises ``ValueError`` if the staging does not hold one kernel of every rotated weight.
+    """
     parameters = tuple(_planned(each) for each in assignments)
     limit = policy.staging_bytes or (INPLACE_STAGING_BYTES if inplace else STAGING_BYTES)
     return Plan(
@@ -305,27 +304,20 @@ def follow(model: nn.Module, plan: Plan) -> list[Assignment]:
         )
     known = {planned.fqn for planned in plan.parameters}
     for fqn in assignments:
-        if fqn in known:
-            continue
-        raise ValueError(f"the plan is for another model: the plan has no parameter {fqn}")
+        if fqn not in known:
+            raise ValueError(f"the plan is for another model: the plan has no parameter {fqn}")
     return list(assignments.values())
 
 
 def traced(plan: Plan, model: nn.Module, example_inputs: Any) -> Plan:
     """``plan`` with what one run of the model on fake tensors tells."""
     precision = plan.mixed_precision
-
-    def cast(inputs: Any) -> Any:
-        if precision.param_dtype is None or not precision.cast_forward_inputs:
-            return inputs
-        return cast_floats(inputs, precision.param_dtype)
-
     args, kwargs = _arguments(example_inputs)
     trace = capture(
         model,
         args,
         kwargs,
-        before_module=cast,
+        before_module=lambda inputs: cast_inputs(inputs, precision),
         dtype_of=lambda module, dtype: precision_of(module, precision).compute_dtype(dtype),
     )
     return replace(
@@ -392,10 +384,8 @@ def _staging_bytes(
 
 def _plain(value: Any) -> Any:
     """``value`` in what JSON has."""
-    if isinstance(value, Rotate | Gather):
-        return {"strategy": type(value).__name__, "dim": value.dim}
-    if isinstance(value, Replicate | Ignore):
-        return {"strategy": type(value).__name__}
+    if isinstance(value, Strategy):
+        return {"strategy": type(value).__name__, **asdict(value)}
     if isinstance(value, Pair):
         return {"first": value.first, "last": value.last, "graph": str(value.graph)}
     if is_dataclass(value):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import nn
@@ -63,7 +64,10 @@ Strategy = Rotate | Gather | Replicate | Ignore
 Match = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Rules = Mapping[Match, Strategy]
 
-_STRATEGIES = (Rotate, Gather, Replicate, Ignore)
+
+def shard_dim(home: Strategy) -> int | None:
+    """The dim along which a parameter is 1/N at home, ``None`` if it is whole there."""
+    return home.dim if isinstance(home, Rotate | Gather) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +100,8 @@ class ShardingPolicy:
                 f"ShardingPolicy(rules=...) takes a mapping, not {type(self.rules).__name__}"
             )
         for match, strategy in self.rules.items():
-            if not isinstance(strategy, _STRATEGIES):
-                hint = f"; write {strategy.__name__}()" if strategy in _STRATEGIES else ""
+            if not isinstance(strategy, Strategy):
+                hint = f"; write {strategy.__name__}()" if strategy in get_args(Strategy) else ""
                 raise TypeError(
                     f"the rule for {match!r} is {strategy!r}, which is no strategy: use "
                     f"Rotate(dim=...), Gather(), Replicate() or Ignore(){hint}"

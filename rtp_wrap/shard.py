@@ -1,4 +1,4 @@
-"""Who owns what: the index arithmetic of shards and tiles. Pure numbers, no tensors' data.
+"""Who owns what: the index arithmetic of shards and tiles. Numbers; no tensor's data is looked at.
 
 A weight of shape ``[rows, cols, ...]`` is cut along one of its first two dimensions into one home
 shard per rank, and each shard into a grid of cells so that a cell fits a staging slot. The part of
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 
 
 def extent(size: int, world_size: int, rank: int) -> tuple[int, int]:
@@ -27,6 +29,16 @@ def extent(size: int, world_size: int, rank: int) -> tuple[int, int]:
     chunk = -(-size // world_size)
     start = min(rank * chunk, size)
     return start, min(start + chunk, size)
+
+
+def local_shape(
+    shape: tuple[int, ...], dim: int | None, world_size: int, rank: int
+) -> tuple[int, ...]:
+    """The shape of what ``rank`` has of a tensor that is sharded along ``dim``, or not at all."""
+    if dim is None:
+        return shape
+    start, stop = extent(shape[dim], world_size, rank)
+    return (*shape[:dim], stop - start, *shape[dim + 1 :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,3 +139,18 @@ def contiguous_stride(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * max(1, size))
     return tuple(reversed(strides)) if len(shape) else ()
+
+
+def dtensor_of(
+    local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: torch.Size
+) -> DTensor:
+    """The contiguous DTensor of ``shape`` of which this rank has ``local``; nothing is compared."""
+    # Without shape and stride, DTensor would take all shards for as large as this one.
+    return DTensor.from_local(
+        local,
+        mesh,
+        placements,
+        run_check=False,
+        shape=shape,
+        stride=contiguous_stride(shape),
+    )

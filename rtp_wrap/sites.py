@@ -89,9 +89,7 @@ def _pair_into(last: fx.Node, is_linear: Callable[[fx.Node], bool]) -> Pair | No
         else:
             return None
     inside = {*between, last}
-    if not first or any(user not in inside for node in between for user in node.users):
-        return None
-    if any(user not in inside for node in first for user in node.users):
+    if not first or any(user not in inside for node in first | between for user in node.users):
         return None
     part = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

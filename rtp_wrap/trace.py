@@ -33,11 +33,10 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 #: What an ``fx`` argument may be besides nodes and containers of them.
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
-
 
 #: The dtype in which a parameter of a dtype computes in a module.
 DtypeOf = Callable[[nn.Module, torch.dtype], torch.dtype]
@@ -77,7 +76,7 @@ def capture(
     with fakes.in_place_of_parameters(model):
         recorder = _Recorder(model)
         with recorder.watching(before_module), fakes.mode:
-            recorder.run(model, fakes.of((tuple(args), dict(kwargs or {}))))
+            recorder.run(fakes.of((tuple(args), dict(kwargs or {}))))
     _erase_unused(recorder.graph)
     return Trace(recorder.graph, recorder.activation_bytes, recorder.opaque)
 
@@ -146,9 +145,8 @@ class _Recorder(TorchDispatchMode):
         self.activation_bytes = 0
         self.opaque: dict[str, str] = {}
         self._model = model
-        self._nodes: dict[
-            int, tuple[torch.Tensor, fx.Node]
-        ] = {}  # tensors are kept: ids are reused
+        # With the tensors, which are kept: ids are reused.
+        self._nodes: dict[int, tuple[torch.Tensor, fx.Node]] = {}
         self._inside: nn.Module | None = None  # the site whose forward runs
         self._fqns = {module: fqn for fqn, module in model.named_modules()}
         self._names: dict[int, str] = {}
@@ -158,14 +156,13 @@ class _Recorder(TorchDispatchMode):
             self._names[id(tensor)] = fqn
             self._counted.add(tensor.untyped_storage()._cdata)
 
-    def run(self, model: nn.Module, inputs: Any) -> None:
-        for index, value in enumerate(tree_flatten(inputs)[0]):
-            if isinstance(value, torch.Tensor):
-                self._bind(value, self.graph.placeholder(f"input_{index}"))
-                self._counted.add(value.untyped_storage()._cdata)
+    def run(self, inputs: Any) -> None:
+        for index, tensor in enumerate(_tensors(inputs)):
+            self._bind(tensor, self.graph.placeholder(f"input_{index}"))
+            self._counted.add(tensor.untyped_storage()._cdata)
         args, kwargs = inputs
         with self._saving(), self:
-            output = model(*args, **kwargs)
+            output = self._model(*args, **kwargs)
         self.graph.output(self.argument(output))
 
     @contextmanager
@@ -178,10 +175,7 @@ class _Recorder(TorchDispatchMode):
             if self._inside is None and is_site(module):
                 self._inside = module
                 self._entered = self.argument(changed)
-                self._trains_input = any(
-                    isinstance(each, torch.Tensor) and each.requires_grad
-                    for each in tree_flatten(changed)[0]
-                )
+                self._trains_input = any(each.requires_grad for each in _tensors(changed))
             return changed
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -199,11 +193,11 @@ class _Recorder(TorchDispatchMode):
                 try:
                     return forward(*args, **kwargs)
                 except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                    like = _first_float((args, kwargs))
-                    if like is None:
+                    floats = [t for t in _tensors((args, kwargs)) if t.is_floating_point()]
+                    if not floats:
                         raise
                     self.opaque[fqn] = f"{type(error).__name__}: {error}".splitlines()[0]
-                    return like.clone()
+                    return floats[0].clone()
 
             return call
 
@@ -286,25 +280,21 @@ class _Recorder(TorchDispatchMode):
         self._nodes[id(tensor)] = tensor, node
 
     def _bind_output(self, output: Any, node: fx.Node) -> None:
-        tensors = [each for each in tree_flatten(output)[0] if isinstance(each, torch.Tensor)]
         if isinstance(output, torch.Tensor):
             self._bind(output, node)
             return
-        for index, tensor in enumerate(tensors):
-            part = self.graph.call_function(_part, (node, index))
-            self._bind(tensor, part)
+        for index, tensor in enumerate(_tensors(output)):
+            self._bind(tensor, self.graph.call_function(_part, (node, index)))
 
 
 def _part(output: Any, index: int) -> Any:
     """The tensor with this index among those that a node with several gives."""
-    return [each for each in tree_flatten(output)[0] if isinstance(each, torch.Tensor)][index]
+    return _tensors(output)[index]
 
 
-def _first_float(values: Any) -> torch.Tensor | None:
-    for each in tree_flatten(values)[0]:
-        if isinstance(each, torch.Tensor) and each.is_floating_point():
-            return each
-    return None
+def _tensors(values: Any) -> list[torch.Tensor]:
+    """The tensors in containers of any depth, in order."""
+    return [each for each in tree_leaves(values) if isinstance(each, torch.Tensor)]
 
 
 def is_site(module: nn.Module) -> bool:

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
+from rtp_wrap.hops import backward_slots
 from rtp_wrap.policy import MixedPrecisionPolicy
-from rtp_wrap.shard import Tile, TileGrid, extent
+from rtp_wrap.shard import TileGrid, local_shape
 from rtp_wrap.transport import Staging
 
 
@@ -55,8 +56,9 @@ class Network:
         sums = self.precision.accumulator_dtype(dtype)
         total = self._lane(shape, dim, compute, self._cut(compute, 2), staying=self.rank - 1)
         if dgrad or wgrad:
-            slots = 2 if not (dgrad and wgrad) else 4 if self.overlap else 3
-            widest = max((compute, sums) if wgrad else (compute,), key=lambda each: each.itemsize)
+            slots, widest = backward_slots(
+                compute, sums, dgrad=dgrad, wgrad=wgrad, overlap=self.overlap
+            )
             cut = self._cut(widest, slots)
             if dgrad:
                 total += self._lane(shape, dim, compute, cut, staying=self.rank - 1)
@@ -65,13 +67,12 @@ class Network:
         return total
 
     def gather(
-        self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, again: bool, trained: bool
+        self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, dgrad: bool, wgrad: bool
     ) -> Traffic:
-        """``again`` is for what backward needs a second time."""
-        start, stop = extent(shape[dim], self.world_size, 0)  # the backend pads to the largest
-        largest = math.prod(shape) // max(1, shape[dim]) * (stop - start)
-        sent = largest * self.precision.compute_dtype(dtype).itemsize * (2 if again else 1)
-        if trained:
+        # The backend pads to the largest, rank 0's.
+        largest = math.prod(local_shape(shape, dim, self.world_size, 0))
+        sent = largest * self.precision.compute_dtype(dtype).itemsize * (2 if dgrad else 1)
+        if wgrad:
             sent += largest * self.precision.accumulator_dtype(dtype).itemsize
         return Traffic(0, sent * (self.world_size - 1))
 
@@ -93,9 +94,5 @@ class Network:
         grid = TileGrid(shape, dim, self.world_size, max_numel)
         owners = [each for each in range(self.world_size) if each != staying % self.world_size]
         tiles = [grid.tile(owner, cell) for owner in owners for cell in grid.cells()]
-        numel = sum(_numel(grid, tile) for tile in tiles)
+        numel = sum(math.prod(grid.tile_shape(tile)) for tile in tiles)
         return Traffic(sum(1 for tile in tiles if tile.numel), numel * dtype.itemsize)
-
-
-def _numel(grid: TileGrid, tile: Tile) -> int:
-    return math.prod(grid.tile_shape(tile))

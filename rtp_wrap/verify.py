@@ -15,6 +15,7 @@ from rtp_wrap.ring import Ring, was_retired
 
 
 def check_module(module: nn.Module) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for what is no module, or is wrapped or sharded."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"RotatedTensorParallel wraps an nn.Module, not {type(module).__name__}")
     for fqn, inner in module.named_modules():
@@ -35,6 +36,7 @@ def check_module(module: nn.Module) -> None:
 
 
 def check_init_fn(param_init_fn: object) -> None:
+    """Raise ``TypeError`` for what cannot be called."""
     if param_init_fn is not None and not callable(param_init_fn):
         raise TypeError(
             f"param_init_fn={param_init_fn!r} cannot be called: give a function of one module"
@@ -42,6 +44,7 @@ def check_init_fn(param_init_fn: object) -> None:
 
 
 def check_uses(assignments: list[Assignment], world_size: int) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for modules that cannot use managed parameters."""
     for each in assignments:
         for use in each.uses:
             if use.strategy == Ignore():
@@ -56,6 +59,11 @@ def check_uses(assignments: list[Assignment], world_size: int) -> None:
 
 
 def mesh_of(group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> DeviceMesh:
+    """The 1-D mesh to shard over: ``mesh``, one of the ranks of ``group``, or one of all ranks.
+
+    Raises ``RuntimeError`` without a process group, and ``ValueError`` or ``TypeError`` for a group
+    or mesh that cannot be used, or that this rank is not in.
+    """
     if not dist.is_initialized():
         raise RuntimeError(
             "RotatedTensorParallel needs a process group: start with torchrun and call "

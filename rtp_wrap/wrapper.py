@@ -77,7 +77,6 @@ class RotatedTensorParallel(nn.Module):
         called with each of them, one after the other, parents before children, on every rank.
         Default: ``module.reset_parameters()``; modules without it (``nn.MultiheadAttention`` is
         one) are an error.
-
     ``plan``
         what ``rtp_wrap.plan`` made for this model and number of ranks, instead of ``policy``,
         ``mixed_precision`` and ``inplace``, which are part of it.

@@ -188,9 +188,11 @@ def _ring(wrapped: RotatedTensorParallel) -> Ring:
 
 
 def _known(wrapped: RotatedTensorParallel) -> list[torch.Tensor]:
-    """Home shards and staging, which are always there."""
+    """Home shards, staging and the lockstep's few bytes, which are always there."""
     homes = [parameter.to_local() for parameter in wrapped.parameters()]
-    return homes + list(_ring(wrapped).staging.slots(2))
+    ring = _ring(wrapped)
+    buffers = [ring.lockstep.buffer] if ring.world_size > 1 else []
+    return [*homes, *ring.staging.slots(2), *buffers]
 
 
 def _input(model: type[Convolutions]) -> torch.Tensor:

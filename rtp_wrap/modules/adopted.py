@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.casting import cast_floats
+from rtp_wrap.casting import cast_floats, cast_inputs
 from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.frame import Frame, read
 from rtp_wrap.modules.loading import own_part
@@ -127,8 +127,7 @@ def _cast_forward(mixin: type[Adopted]) -> Any:
         if self._adoption is None:
             return mixin.forward(self, *args, **kwargs)
         precision, at_root = self._adoption.ring.precision, not self._adoption.fqn
-        if precision.param_dtype is not None and precision.cast_forward_inputs:
-            args, kwargs = cast_floats((args, kwargs), precision.param_dtype)
+        args, kwargs = cast_inputs((args, kwargs), precision)
         output = mixin.forward(self, *args, **kwargs)
         if precision.output_dtype is not None and at_root:
             output = cast_floats(output, precision.output_dtype)

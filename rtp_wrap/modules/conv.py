@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from rtp_wrap.modules.frame import Frame
-from rtp_wrap.modules.rotated import Rotated, keeps, may_rotate
+from rtp_wrap.modules.rotated import Rotated, rotates_weight
 from rtp_wrap.ops import rotated_conv
 
 
@@ -31,12 +31,8 @@ class RotatedConv(Rotated):
     @staticmethod
     def rotation_dim(module: nn.Module, name: str) -> int | None:
         classes = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        rotates = (
-            name == "weight"
-            and any(keeps(module, each, "forward", "_conv_forward") for each in classes)
-            and may_rotate(module._parameters.get(name))
-        )
-        return 0 if rotates else None
+        methods = ("forward", "_conv_forward")
+        return 0 if rotates_weight(module, name, *classes, methods=methods) else None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         adoption = self._adoption
@@ -88,12 +84,7 @@ class RotatedConvTranspose(Rotated):
     @staticmethod
     def rotation_dim(module: nn.Module, name: str) -> int | None:
         classes = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-        rotates = (
-            name == "weight"
-            and any(keeps(module, each, "forward") for each in classes)
-            and may_rotate(module._parameters.get(name))
-        )
-        return 1 if rotates else None
+        return 1 if rotates_weight(module, name, *classes) else None
 
     def forward(
         self, input: torch.Tensor, output_size: Sequence[int] | None = None

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtp_wrap.modules.rotated import Rotated, keeps, may_rotate
+from rtp_wrap.modules.rotated import Rotated, rotates_weight
 from rtp_wrap.ops import rotated_embedding
 
 
@@ -18,7 +18,7 @@ class RotatedEmbedding(Rotated):
 
     @staticmethod
     def rotation_dim(module: nn.Module, name: str) -> int | None:
-        return 0 if keeps(module, nn.Embedding, "forward") and _rotates(module, name) else None
+        return 0 if _rotates(module, name, nn.Embedding) else None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         adoption = self._adoption
@@ -50,7 +50,7 @@ class RotatedEmbeddingBag(Rotated):
 
     @staticmethod
     def rotation_dim(module: nn.Module, name: str) -> int | None:
-        return 0 if keeps(module, nn.EmbeddingBag, "forward") and _rotates(module, name) else None
+        return 0 if _rotates(module, name, nn.EmbeddingBag) else None
 
     def forward(
         self,
@@ -100,11 +100,7 @@ def refuse_max_norm(module: nn.Module, fqn: str) -> None:
         )
 
 
-def _rotates(module: nn.Module, name: str) -> bool:
+def _rotates(module: nn.Module, name: str, original: type[nn.Module]) -> bool:
     """Not if its gradient is sparse, or if its forward writes to the weight."""
-    return (
-        name == "weight"
-        and may_rotate(module._parameters.get(name))
-        and not module.sparse
-        and module.max_norm is None
-    )
+    rotates = rotates_weight(module, name, original)
+    return rotates and not module.sparse and module.max_norm is None

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rtp_wrap.modules.frame import Frame
-from rtp_wrap.modules.rotated import Rotated, keeps, may_rotate
+from rtp_wrap.modules.rotated import Rotated, rotates_weight
 from rtp_wrap.ops import rotated_linear
 
 
@@ -24,12 +24,7 @@ class RotatedLinear(Rotated):
 
     @staticmethod
     def rotation_dim(module: nn.Module, name: str) -> int | None:
-        rotates = (
-            name == "weight"
-            and keeps(module, nn.Linear, "forward")
-            and may_rotate(module._parameters.get(name))
-        )
-        return 0 if rotates else None
+        return 0 if rotates_weight(module, name, nn.Linear) else None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         adoption = self._adoption
@@ -55,10 +50,4 @@ class RotatedConv1D(RotatedLinear):
     def rotation_dim(module: nn.Module, name: str) -> int | None:
         # Whoever has made one has imported this; nobody else should have to.
         library = sys.modules.get("transformers.pytorch_utils")
-        rotates = (
-            library is not None
-            and name == "weight"
-            and keeps(module, library.Conv1D, "forward")
-            and may_rotate(module._parameters.get(name))
-        )
-        return 1 if rotates else None
+        return 1 if library and rotates_weight(module, name, library.Conv1D) else None

@@ -6,7 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 
 from rtp_wrap.ring import Ring
-from rtp_wrap.shard import contiguous_stride, extent
+from rtp_wrap.shard import dtensor_of, extent
 
 
 def own_part(whole: torch.Tensor, parameter: DTensor, ring: Ring) -> DTensor:
@@ -19,11 +19,5 @@ def own_part(whole: torch.Tensor, parameter: DTensor, ring: Ring) -> DTensor:
     if isinstance(placement, Shard):
         start, stop = extent(whole.shape[placement.dim], ring.world_size, ring.rank)
         part = part.narrow(placement.dim, start, stop - start)
-    return DTensor.from_local(
-        part.to(ring.device, copy=True, memory_format=torch.contiguous_format),
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=whole.shape,
-        stride=contiguous_stride(whole.shape),
-    )
+    local = part.to(ring.device, copy=True, memory_format=torch.contiguous_format)
+    return dtensor_of(local, parameter.device_mesh, parameter.placements, whole.shape)

@@ -54,7 +54,7 @@ def check_conversion(convert: Callable[[torch.Tensor], torch.Tensor], fqn: str, 
     probe = torch.empty(1, device=ring.device)
     converted = convert(probe)
     where = converted.device
-    if where.type != ring.device.type or where != ring.device:
+    if where != ring.device:
         raise RuntimeError(
             f"{fqn or 'the model'} cannot move to {where}: it was wrapped over a group that moves "
             f"tensors on {ring.device}, and its shards live there. Wrap it over a group of the "

@@ -47,6 +47,23 @@ class Rotated(Adopted):
         return ", ".join(filter(None, [super().extra_repr(), *rotations, kept]))
 
 
+def rotates_weight(
+    module: nn.Module,
+    name: str,
+    *originals: type[nn.Module],
+    methods: tuple[str, ...] = ("forward",),
+) -> bool:
+    """Whether ``name`` is the weight of one of ``originals``, and tiles can be cut from it.
+
+    ``methods`` are those that the rotated form replaces.
+    """
+    return (
+        name == "weight"
+        and any(keeps(module, each, *methods) for each in originals)
+        and may_rotate(module._parameters.get(name))
+    )
+
+
 def may_rotate(weight: torch.Tensor | None) -> bool:
     """Whether tiles can be cut from ``weight``."""
     return (

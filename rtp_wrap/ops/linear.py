@@ -35,12 +35,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
-from rtp_wrap.ops.rotate import (
-    add_scaled,
-    in_layers_dtype,
-    rotate_backward,
-    rotate_forward,
-)
+from rtp_wrap.ops.rotate import add_scaled, in_layers_dtype, rotate_backward, rotate_forward
 from rtp_wrap.ring import Ring, resolve
 from rtp_wrap.shard import Tile
 from rtp_wrap.written import WriteCheck

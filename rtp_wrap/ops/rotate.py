@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
-from rtp_wrap.hops import Hop, Lane, Rotation
+from rtp_wrap.hops import Hop, Lane, Rotation, backward_slots
 from rtp_wrap.ring import Ring
 from rtp_wrap.rotation import Step, schedule
 from rtp_wrap.shard import Tile, TileGrid
@@ -61,8 +61,9 @@ def rotate_backward(
     """
     home = weight._local_tensor
     sums = ring.precision.accumulator_dtype(weight.dtype)
-    slots = 2 if dgrad is None or wgrad is None else 4 if ring.overlap else 3
-    widest = max((dtype, sums) if wgrad else (dtype,), key=lambda each: each.itemsize)
+    slots, widest = backward_slots(
+        dtype, sums, dgrad=dgrad is not None, wgrad=wgrad is not None, overlap=ring.overlap
+    )
     grid = _grid(weight, ring, widest, slots)
     own = grid.shard(ring.rank)
     dw = home.new_empty(home.shape) if wgrad else None
