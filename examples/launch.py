@@ -1,11 +1,16 @@
-"""Start a script again, once per rank."""
+"""Start a script again, once per rank; and how such a rank ends."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 
 import torch
+import torch.distributed as dist
+
+#: Seconds that Gloo's threads have to let go of what they hold.
+GOODBYE = 0.2
 
 
 def launch(script: str, ranks: int | None = None) -> None:
@@ -28,3 +33,14 @@ def launch(script: str, ranks: int | None = None) -> None:
     except ChildFailedError as failed:  # the rank itself has printed why
         sys.exit(failed.get_first_failure()[1].exitcode)
     sys.exit()
+
+
+def leave() -> None:
+    """Leave the process group, as the last thing a rank does; all ranks do."""
+    on_gloo = dist.get_backend() == "gloo"
+    dist.barrier()  # nobody hangs up while another still reads
+    dist.destroy_process_group()
+    if on_gloo:
+        # Gloo's threads free the tensors of a collective a moment after it is over. They need the
+        # interpreter for that; if it has ended by then, the process aborts.
+        time.sleep(GOODBYE)

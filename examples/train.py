@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from checkpoint import save_and_prove
-from launch import launch
+from launch import launch, leave
 from model import VOCABULARY, ByteTransformer
 from report import Bytes, progress, size, table, tell, training_state
 from rtp_wrap import RotatedTensorParallel
@@ -116,8 +116,7 @@ def run(options: argparse.Namespace, text: Text) -> bool:
     if held:
         finish(model, optimizer, text, options, device)
         tell(table(held, device))
-    dist.barrier()  # a Gloo thread that still frees tensors when Python ends aborts the process
-    dist.destroy_process_group()
+    leave()
     return bool(held)
 
 

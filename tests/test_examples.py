@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from rtp_wrap import Plan
+from tests import scripts
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -19,22 +20,19 @@ SECONDS = 30
 pytestmark = pytest.mark.skipif("RANK" in os.environ, reason="starts ranks of its own")
 
 
-def on_two_ranks(script: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Run an example under torchrun without GPUs; its output lines come back as text."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    return run(*torchrun, str(EXAMPLES / script), *options)
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
+def torchrun(script: str) -> subprocess.CompletedProcess[str]:
+    """Run an example as the README says, without GPUs."""
     return subprocess.run(
-        [sys.executable, *arguments],
-        env=environment,
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            script,
+        ],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": "."},
         capture_output=True,
         text=True,
         timeout=SECONDS,
@@ -55,7 +53,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_quickstart_learns() -> None:
-    done = on_two_ranks("quickstart.py")
+    done = torchrun("examples/quickstart.py")
     assert done.returncode == 0, done.stderr
     seen = losses(done.stdout)
     assert len(seen) == 2 * 20
@@ -71,40 +69,40 @@ def test_readme_shows_the_quickstart() -> None:
 def test_train_learns_saves_and_writes(flags: tuple[str, ...], text: Path, tmp_path: Path) -> None:
     out = tmp_path / "checkpoint"
     options = ("--data", str(text), "--out", str(out), "--sample-bytes", "20", *flags)
-    done = on_two_ranks("train.py", "--preset", "tiny", *options)
-    assert done.returncode == 0, done.stderr
-    seen = losses(done.stdout)
+    done = scripts.run("examples/train.py", "--preset", "tiny", *options, ranks=2)
+    assert done.code == 0, done.errors
+    seen = losses(done.output)
     assert seen[-1] < 2.0 < 5.0 < seen[0]  # 5.545 is guessing; the text is one line over and over
-    assert "all equal bit for bit" in done.stdout
+    assert "all equal bit for bit" in done.output
     assert (out / ".metadata").exists()
     assert len(list(out.glob("*.distcp"))) == 2  # both ranks wrote
-    assert re.search(r"--- sample.*---\ndef ", done.stdout)
-    ratio = re.search(r"together .* (\d\.\d+)$", done.stdout, re.MULTILINE)
+    assert re.search(r"--- sample.*---\ndef ", done.output)
+    ratio = re.search(r"together .* (\d\.\d+)$", done.output, re.MULTILINE)
     assert ratio is not None
     assert 0.5 <= float(ratio[1]) < 0.6  # half, and what is too small to shard
 
 
 def test_train_starts_its_own_ranks(text: Path, tmp_path: Path) -> None:
     options = ("--steps", "2", "--sample-bytes", "1", "--out", str(tmp_path / "checkpoint"))
-    done = run(str(EXAMPLES / "train.py"), "--preset", "tiny", "--data", str(text), *options)
-    assert done.returncode == 0, done.stderr
-    assert "2 cpu ranks" in done.stdout
+    done = scripts.run("examples/train.py", "--preset", "tiny", "--data", str(text), *options)
+    assert done.code == 0, done.errors
+    assert "2 cpu ranks" in done.output
 
 
 def test_train_names_what_a_short_text_lacks(tmp_path: Path) -> None:
     short = tmp_path / "short"
     short.write_bytes(b"too short")
-    done = run(str(EXAMPLES / "train.py"), "--preset", "tiny", "--data", str(short))
-    assert done.returncode == 2
-    assert "the text has 9 bytes" in done.stderr
-    assert "--seq-len" in done.stderr
-    assert "Traceback" not in done.stderr
+    done = scripts.run("examples/train.py", "--preset", "tiny", "--data", str(short))
+    assert done.code == 2
+    assert "the text has 9 bytes" in done.errors
+    assert "--seq-len" in done.errors
+    assert "Traceback" not in done.errors
 
 
 def test_plan_shows_an_8b_model_and_saves_it(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
-    done = run(str(EXAMPLES / "plan.py"), "--ranks", "8", "--tokens", "512", "--json", str(file))
-    assert done.returncode == 0, done.stderr
-    assert "rank 0 of 8" in done.stdout
-    assert re.search(r"blocks\.\*\.gate\.weight +32 +Linear +Rotate", done.stdout)
+    done = scripts.run("examples/plan.py", "--ranks", "8", "--tokens", "512", "--json", str(file))
+    assert done.code == 0, done.errors
+    assert "rank 0 of 8" in done.output
+    assert re.search(r"blocks\.\*\.gate\.weight +32 +Linear +Rotate", done.output)
     assert Plan.from_json(file.read_text()).world_size == 8

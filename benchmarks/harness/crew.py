@@ -10,8 +10,8 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from launch import leave
 
 T = TypeVar("T")
 
@@ -49,6 +51,7 @@ class Crew:
         self.world_size = world_size
         self._timeout = timeout
         self._ranks: list[tuple[Any, Connection]] = []
+        self._directory: tempfile.TemporaryDirectory[str] | None = None  # of the ranks' store
 
     def __enter__(self) -> Crew:
         return self
@@ -63,9 +66,9 @@ class Crew:
         """
         if not self._ranks:
             self._start()
-        for _, pipe in self._ranks:
-            pipe.send((task, arguments))
         try:
+            for _, pipe in self._ranks:
+                pipe.send((task, arguments))
             replies = self._replies()
         except BaseException:
             self._end()
@@ -81,25 +84,29 @@ class Crew:
 
     def close(self) -> None:
         """Let the ranks end; harmless if there are none."""
-        for process, pipe in self._ranks:
-            pipe.send(None)
+        for _, pipe in self._ranks:
+            with suppress(BrokenPipeError):  # Ctrl-C on a terminal has ended them, too
+                pipe.send(None)
+        for process, _ in self._ranks:
             process.join(GRACE)
         self._end()
 
     def _start(self) -> None:
-        context = mp.get_context("spawn")
+        # Forked from a server that has imported everything and never touches CUDA. That may run in
+        # another environment: ranks get this process' own.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(["harness.trial", "torch._dynamo"])  # optimizers want it
         threads = str(max(1, (os.cpu_count() or 1) // self.world_size))
-        directory = tempfile.mkdtemp(prefix="rtp_wrap-")
-        store = Path(directory, "store").as_uri()
-        with _environment(OMP_NUM_THREADS=os.environ.get("OMP_NUM_THREADS", threads)):
-            for rank in range(self.world_size):
-                ours, theirs = context.Pipe()
-                process = context.Process(
-                    target=_serve, args=(rank, self.world_size, store, theirs), daemon=True
-                )
-                process.start()
-                theirs.close()
-                self._ranks.append((process, ours))
+        environment = {"OMP_NUM_THREADS": threads, **os.environ}
+        self._directory = tempfile.TemporaryDirectory(prefix="rtp_wrap-")
+        store = Path(self._directory.name, "store").as_uri()
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            arguments = (rank, self.world_size, store, environment, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, ours))
 
     def _replies(self) -> dict[int, tuple[str, Any]]:
         """What ranks reported; after the first failure others have ``GRACE`` seconds left."""
@@ -126,15 +133,21 @@ class Crew:
             process.join()
             pipe.close()
         self._ranks = []
+        if self._directory is not None:
+            self._directory.cleanup()
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+def _serve(
+    rank: int, world_size: int, store: str, environment: dict[str, str], pipe: Connection
+) -> None:
     """Join the group, then do what comes through the pipe until the parent ends."""
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     joined = False
     while True:
         try:
@@ -160,25 +173,11 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
             text = traceback.format_exc().strip()
             pipe.send((_kind(error), f"rank {rank}: {text}"))
     if joined:
-        dist.destroy_process_group()
+        leave()
 
 
 def _kind(error: BaseException) -> str:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return "out of memory"
-    memory = ("can't allocate memory", "out of memory", "Cannot allocate memory")
+    memory = ("can't allocate memory", "out of memory", "Cannot allocate memory", "bad_alloc")
     return "out of memory" if any(text in str(error) for text in memory) else "error"
-
-
-@contextmanager
-def _environment(**variables: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

@@ -8,6 +8,7 @@ process' resident memory grew, and the limit is one of its data segment.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import resource
 from pathlib import Path
@@ -52,7 +53,8 @@ class Memory:
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(1.0, self._device)
         else:
-            resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY,) * 2)
+            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+            resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
             ctypes.CDLL(None).malloc_trim(0)
         self.restart()
 
@@ -62,7 +64,13 @@ class Memory:
             torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), self._device)
         else:
             hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-            resource.setrlimit(resource.RLIMIT_DATA, (_status("VmData") + nbytes, hard))
+            resource.setrlimit(resource.RLIMIT_DATA, (_data_at_first() + nbytes, hard))
+
+
+@functools.cache
+def _data_at_first() -> int:
+    """Of the first limit: memory that was freed may stay in the segment, for the next to use."""
+    return _status("VmData")
 
 
 def _status(field: str) -> int:

@@ -73,10 +73,13 @@ def find(name: str, **changes: Any) -> ModelSpec:
 
 def initialise(module: nn.Module, fqn: str) -> None:
     """Set the parameters ``module`` itself owns: the same values whoever does it, on any rank."""
+    initrange = vars(module).get("initrange")
     with torch.no_grad(), torch.random.fork_rng(_devices(module)):
         torch.manual_seed(zlib.crc32(fqn.encode()))
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and initrange is not None:
+                parameter.uniform_(-initrange, initrange)
+            elif parameter.ndim > 1:
                 parameter.normal_(std=0.02)
             elif name == "bias":
                 parameter.zero_()

@@ -7,9 +7,11 @@ needs more memory at the start than in the step, and all start from the same wei
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,6 +106,8 @@ def _ddp(model: nn.Module, setting: Setting, device: torch.device) -> nn.Module:
 def _fsdp2(
     model: nn.Module, setting: Setting, device: torch.device, per_block: bool = True
 ) -> nn.Module:
+    # What the root returns is a view of the head's product, which nobody writes to.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = FSDP2MixedPrecisionPolicy()
     if setting.mixed:
@@ -131,19 +135,22 @@ def _rtp(
     model: nn.Module, setting: Setting, device: torch.device, inplace: bool = False
 ) -> nn.Module:
     names = {module: fqn for fqn, module in model.named_modules()}
-    policy = ShardingPolicy()
-    if setting.staging_mib is not None:
-        policy = ShardingPolicy(staging_bytes=setting.staging_mib << 20)
-    precision = MixedPrecisionPolicy()
-    if setting.mixed:
-        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return RotatedTensorParallel(
         model,
         inplace=inplace,
-        policy=policy,
-        mixed_precision=precision,
         param_init_fn=lambda module: initialise(module, names[module]),
+        **rtp_options(setting),
     )
+
+
+def rtp_options(setting: Setting) -> dict[str, Any]:
+    """What ``RotatedTensorParallel`` and ``rtp_wrap.plan`` are told of ``setting``."""
+    policy, precision = ShardingPolicy(), MixedPrecisionPolicy()
+    if setting.staging_mib is not None:
+        policy = ShardingPolicy(staging_bytes=setting.staging_mib << 20)
+    if setting.mixed:
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return {"policy": policy, "mixed_precision": precision}
 
 
 _ALL = (

@@ -75,5 +75,8 @@ def _block(block: nn.Module, mesh: DeviceMesh) -> None:
     plan.update({name: RowwiseParallel(output_layouts=SEQUENCE) for name in rows})
     parallelize_module(block, mesh, plan)
     if gated:
-        output = PrepareModuleOutput(output_layouts=SEQUENCE, desired_output_layouts=Replicate())
+        # A DTensor sums both uses' gradients before it communicates them, once.
+        output = PrepareModuleOutput(
+            output_layouts=SEQUENCE, desired_output_layouts=Replicate(), use_local_output=False
+        )
         parallelize_module(block, mesh, {"mlp_norm": output})

@@ -89,6 +89,8 @@ class TransformerLM(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.head = nn.Linear(shape.ninp, shape.vocab)
+        for module in (self.embedding, self.head):
+            vars(module)["initrange"] = shape.initrange  # for whoever initialises it
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens) * self.scale

@@ -52,12 +52,16 @@ class Trial:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One rank's: seconds of a step after the warmup, losses of all steps, bytes of its peak."""
+    """One rank's: seconds of a step after the warmup, losses of all steps, bytes of its peak.
+
+    ``staging`` are the bytes of it that rtp has for tiles in flight.
+    """
 
     seconds: tuple[float, ...]
     losses: tuple[float, ...]
     allocated: int
     reserved: int
+    staging: int | None = None
 
 
 def run_trial(trial: Trial) -> Outcome:
@@ -105,6 +109,7 @@ def _train(trial: Trial, device: torch.device, memory: Memory) -> Outcome:
         losses=tuple(loss.item() for loss in losses),
         allocated=allocated,
         reserved=reserved,
+        staging=getattr(model, "staging_bytes", None),
     )
 
 

@@ -24,7 +24,9 @@ from tests.ranks.outcome import Failure, Outcome
 from tests.ranks.task import execute
 
 HOST = "127.0.0.1"
-_PRELOAD = ["torch", "torch.distributed", "hypothesis", "pytest"]
+#: What the server that processes are forked from has imported: what optimizers would import at
+#: their first step (torch._dynamo), and all of the library and the benchmarks.
+PRELOAD = ["hypothesis", "pytest", "torch._dynamo", "matplotlib.pyplot", "harness.language_model"]
 _STACKS_SIGNAL = signal.SIGUSR1
 _STACKS_TIME = 0.2
 _END_TIMEOUT = 10.0
@@ -49,7 +51,7 @@ class Worker:
         self.rank = seat.rank
         self._stacks = tempfile.NamedTemporaryFile("r", prefix="rtp-rank-")  # noqa: SIM115
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD)
+        context.set_forkserver_preload(PRELOAD)
         self.connection, theirs = context.Pipe()
         self._process = context.Process(
             target=_main, args=(seat, theirs, self._stacks.name), daemon=True

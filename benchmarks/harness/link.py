@@ -1,0 +1,112 @@
+"""What the model of communication needs to know of a machine, measured; all ranks call each."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from rtp_wrap.transport import PointToPoint
+
+CALLS, REPEATS = 10, 5
+
+
+def this_device() -> torch.device:
+    """This rank's."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Of one call of many in a row, as a training step makes them: the median of some rows.
+
+    On CUDA a call takes what is longer, its kernels or launching them.
+    """
+
+    def row() -> float:
+        dist.barrier()
+        start = _now()
+        for _ in range(CALLS):
+            action()
+        return (_now() - start) / CALLS
+
+    row()
+    return statistics.median(row() for _ in range(REPEATS))
+
+
+def hops(sizes: Sequence[int]) -> list[float]:
+    """Seconds of a hop of each of ``sizes`` (bytes) round the ring, by ``rtp_wrap``'s transport."""
+    return [seconds(_Hops(size)) for size in sizes]
+
+
+def gathers(sizes: Sequence[int]) -> list[float]:
+    """Seconds of an all-gather in which a rank receives each of ``sizes`` (bytes) from others."""
+    # The second is its name before torch 2.13.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    ranks, times = dist.get_world_size(), []
+    for size in sizes:
+        own = torch.zeros(size // (ranks - 1), dtype=torch.uint8, device=this_device())
+        whole = own.new_empty(ranks * len(own))
+        times.append(seconds(functools.partial(gather, whole, own)))
+    return times
+
+
+def beside(nbytes: int, tokens: int, features: int, dtype: torch.dtype) -> tuple[float, ...]:
+    """Seconds of a hop of ``nbytes``, of products that take thrice as long, and of both together.
+
+    The products are of ``[tokens, features]`` and ``[features, features]``.
+    """
+    hop = _Hops(nbytes)
+    # At random: a GPU multiplies zeros with less power, hence faster.
+    x = torch.randn(tokens, features, dtype=dtype, device=this_device())
+    weight, y = x.new_empty(features, features).normal_(), torch.empty_like(x)
+    alone = seconds(hop)
+    # All ranks the same number, or the slower ones' hops would wait for the faster ones' products.
+    most = torch.tensor(math.ceil(3 * alone / seconds(lambda: torch.mm(x, weight, out=y))))
+    most = most.to(x.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    times = int(most)
+
+    def products() -> None:
+        for _ in range(times):
+            torch.mm(x, weight, out=y)
+
+    return alone, seconds(products), seconds(lambda: hop(products))
+
+
+def kept(hop: float, products: float, both: float) -> float:
+    """The share of their speed that products keep beside a hop, from the seconds of ``beside``."""
+    return min(1.0, max(0.0, 1 - (both - products) / hop))
+
+
+class _Hops:
+    """Hops one after another, as a rotation makes them: out of the buffer that the last filled."""
+
+    def __init__(self, nbytes: int) -> None:
+        device = this_device()
+        group = init_device_mesh(device.type, (dist.get_world_size(),)).get_group()
+        self._transport = PointToPoint(group)
+        self._there = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        self._arriving = torch.empty_like(self._there)
+        self._tags = itertools.count()
+
+    def __call__(self, products: Callable[[], None] = lambda: None) -> None:
+        works = self._transport.post([(self._there, self._arriving)], next(self._tags))
+        products()
+        for work in works:
+            work.wait()
+        self._there, self._arriving = self._arriving, self._there
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

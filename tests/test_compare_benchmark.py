@@ -1,0 +1,327 @@
+"""The comparison: a run as a user starts it, and the numbers it makes of what was measured."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import compare
+from harness import chart, flops, models, report, sent
+from harness.comparison import Comparison, Run
+from harness.crew import Crew, TrialError
+from harness.strategies import Setting
+from harness.trial import Outcome, Trial, run_trial
+from tests import scripts
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 120
+
+pytestmark = pytest.mark.skipif("RANK" in os.environ, reason="starts ranks of its own")
+
+
+def run(*arguments: str) -> scripts.Done:
+    return scripts.run("benchmarks/compare.py", *arguments)
+
+
+def test_a_run_on_cpu(tmp_path: Path) -> None:
+    strategies = ["single", "dp", "fsdp", "rtp"]
+    options = ("--rounds", "2", "--steps", "2", "--warmup", "1", "--seq-len", "16")
+    done = run("--strategies", *strategies, *options, "--out", str(tmp_path))
+    assert done.code == 0, done.output + done.errors
+
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert "compare.py --strategies single" in written["command"]
+    assert written["versions"].endswith(f"torch {torch.__version__}")
+    assert written["hardware"].startswith("CPU")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d UTC", written["date"])
+    runs = written["results"]["runs"]
+    assert [each["strategy"] for each in runs] == [*strategies, *reversed(strategies)]
+    for each in runs:
+        ranks = 1 if each["strategy"] == "single" else 2
+        assert each["trial"]["strategy"] == each["strategy"]
+        assert [len(seconds) for seconds in each["seconds"]] == [2] * ranks
+        assert [len(losses) for losses in each["losses"]] == [3] * ranks
+        assert each["failure"] is None
+    rows = {row["strategy"]: row for row in written["results"]["rows"]}
+    assert list(rows) == strategies
+    assert rows["fsdp"]["speed"] == rows["single"]["speed_single"] == 1
+    for row in rows.values():
+        assert row["agrees"]
+        assert 0 < row["fastest"] <= row["seconds"] <= row["slowest"]
+        assert row["tokens_per_second"] == pytest.approx(16 / row["seconds"])
+
+    markdown = (tmp_path / "report.md").read_text()
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert [line.split()[1] for line in table] == ["strategy", "---", *strategies]
+    assert written["command"] in markdown
+    assert set(table) <= set(done.output.splitlines())
+    for name in ("time.svg", "memory.svg"):
+        assert f"]({name})" in markdown
+        drawing = (tmp_path / name).read_text()
+        assert "</svg>" in drawing
+        assert all(f">{strategy}<" in drawing for strategy in strategies)
+
+
+def test_a_run_without_memory(tmp_path: Path) -> None:
+    options = ("--strategies", "dp", "rtp", "--baseline", "dp", "--ranks", "1", "--rounds", "2")
+    done = run(*options, "--memory-gib", "0.0001", "--out", str(tmp_path))
+    assert done.code == 0, done.output + done.errors
+    assert "| dp | out of memory | – |" in done.output
+    assert "| rtp | out of memory | – |" in done.output
+    assert len(json.loads((tmp_path / "report.json").read_text())["results"]["runs"]) == 2
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (("--rounds", "0"), "--rounds: 0 is not above 0"),
+        (("--baseline", "fsdp-root"), "--baseline fsdp-root is none of --strategies"),
+    ],
+)
+def test_mistakes_are_told(
+    options: tuple[str, ...],
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare.py", *options])
+    with pytest.raises(SystemExit, match="2"):
+        compare.main()
+    assert text in capsys.readouterr().err
+
+
+class StubCrew(Crew):
+    """Takes 1 s per step and loses 5; "dp" is out of memory, in the second round "tp" fails."""
+
+    def run(self, task: Any, *arguments: Any) -> list[Any]:
+        (trial,) = arguments
+        self.ran = [*getattr(self, "ran", []), trial.strategy]
+        if trial.strategy == "dp":
+            raise TrialError("out of memory", "rank 0")
+        if trial.strategy == "tp" and self.ran.count("tp") == 2:
+            raise TrialError("error", "rank 1: no such thing")
+        return [Outcome((1.0,), (5.0,), 2**30, 2**31)] * self.world_size
+
+
+def options(**changes: Any) -> argparse.Namespace:
+    strategies = ("dp", "fsdp", "tp", "rtp")
+    defaults = {"ranks": 2, "rounds": 3, "timeout": 1.0, "strategies": strategies}
+    return argparse.Namespace(**{**defaults, **changes})
+
+
+def test_who_fails_is_a_row_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compare, "Crew", StubCrew)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    comparison = Comparison(trial(), ranks=2, baseline="fsdp")
+    for each in compare._runs(comparison, options()):
+        comparison.add(each)
+    ran = [each.strategy for each in comparison.runs]
+    assert ran == ["dp", "fsdp", "tp", "rtp", "rtp", "tp", "fsdp", "fsdp", "rtp"]
+    assert "no such thing" in capsys.readouterr().err
+    cells = {row[0]: row[1] for row in comparison.table().rows}
+    assert cells == {"dp": "out of memory", "fsdp": "1000.0", "tp": "error", "rtp": "1000.0"}
+    assert {row.strategy: row.good for row in comparison.rows()} == {
+        "dp": True,
+        "fsdp": True,
+        "tp": False,
+        "rtp": True,
+    }
+
+
+def trial(**changes: Any) -> Trial:
+    return Trial("fsdp", "llama-tiny", batch_size=1, seq_len=64, **changes)
+
+
+def measured(strategy: str, turn: int, step: float, loss: float = 6.0, ranks: int = 2) -> Run:
+    """Three steps, the middle one of ``step`` seconds on the slowest rank."""
+    seconds = [(step / 2, step / 2, step / 2), (step / 4, step, 3 * step)]
+    losses = [(loss - 1, loss - 2), (loss + 1, loss + 2)] if ranks == 2 else [(loss - 1, 0.0)]
+    return Run(strategy, turn, tuple(seconds[-ranks:]), tuple(losses), 10 + turn, 20 - turn)
+
+
+def compared(*runs: Run, **changes: Any) -> Comparison:
+    comparison = Comparison(trial(**changes), ranks=2, baseline="fsdp")
+    for each in runs:
+        comparison.add(each)
+    return comparison
+
+
+def test_a_row_is_of_medians() -> None:
+    steps = {"fsdp": [1.0, 2.0, 4.0], "rtp": [2.0, 2.0, 16.0]}
+    runs = [measured(name, turn, each[turn]) for turn in range(3) for name, each in steps.items()]
+    fsdp, rtp = compared(*runs).rows()
+    assert (rtp.seconds, rtp.fastest, rtp.slowest) == (2.0, 2.0, 16.0)
+    assert rtp.tokens_per_second == 32.0
+    assert rtp.speed == 0.5  # of 1/2, 2/2 and 4/16; medians of all rounds would be 1
+    assert fsdp.speed == 1.0
+    assert rtp.speed_single is None
+    assert (rtp.allocated, rtp.reserved) == (12, 20)
+    assert (rtp.first_loss, rtp.last_loss) == (6.0, 6.0)
+
+
+@pytest.mark.parametrize(
+    "precision, off, agrees",
+    [
+        ("fp32", 1e-5, True),
+        ("fp32", 1e-3, False),
+        ("bf16", 1e-2, True),
+        ("mixed", 3e-2, False),
+        ("fp16", 3e-3, False),
+        ("bf16", float("nan"), False),
+    ],
+)
+def test_a_loss_that_disagrees_is_marked(precision: str, off: float, agrees: bool) -> None:
+    wrong = measured("rtp", 1, 1.0, loss=6.0 * (1 + off))
+    fine = [measured(name, turn, 1.0) for turn in range(2) for name in ("dp", "fsdp")]
+    comparison = compared(
+        measured("rtp", 0, 1.0), wrong, *fine, setting=Setting(precision=precision)
+    )
+    assert [row.agrees for row in comparison.rows()] == [agrees, True, True]
+    assert comparison.rows()[0].good == agrees
+    assert ("disagrees" in comparison.table().rows[0][-1]) != agrees
+
+
+def test_single_has_the_first_loss_of_rank_0() -> None:
+    others = [measured("tp", 0, 1.0), measured("dp", 0, 1.0)]  # fsdp, the baseline, has failed
+    for loss, agrees in ((6.0, True), (6.01, False)):
+        single = measured("single", 0, 1.0, loss=loss, ranks=1)
+        row = compared(*others, single).rows()[-1]
+        assert row.agrees == agrees
+    assert compared(others[0], single).rows()[-1].agrees  # tensor parallel ranks have one loss
+
+
+def test_flops_and_their_share_of_the_peak() -> None:
+    # Per block q and out 64 x 64, k and v 32 x 64, gate, up and down 64 x 128; a head of 512 x 64.
+    weights = 2 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 128) + 512 * 64
+    assert flops.per_token(models.find("llama-tiny"), 16) == 6 * weights + 6 * 2 * 64 * 16
+    weights = 2 * (4 * 64 * 64 + 2 * 64 * 128) + 512 * 64
+    assert flops.per_token(models.find("lm-tiny"), 16) == 6 * weights + 6 * 2 * 64 * 16
+    for precision, peak in (("bf16", 989.5), ("mixed", 989.5), ("fp16", 989.5), ("fp32", 67.0)):
+        share = flops.utilisation(peak * 0.25e12, "NVIDIA H200", Setting(precision=precision))
+        assert share == pytest.approx(0.25)
+    assert flops.utilisation(1e12, "CPU", Setting()) is None
+
+
+class Wire(TorchDispatchMode):
+    """Adds up what this rank's collectives and messages send, with ring algorithms."""
+
+    def __init__(self, ignored: tuple[int, ...]) -> None:
+        super().__init__()
+        self.ignored = ignored
+        ranks = dist.get_world_size()
+        self.factors = {  # of the first tensor's bytes
+            "c10d::send": 1.0,
+            "c10d::allreduce_": 2 * (ranks - 1) / ranks,
+            "c10d::_allgather_base_": (ranks - 1) / ranks,
+            "c10d::_reduce_scatter_base_": ranks - 1,
+            "_c10d_functional::all_reduce": 2 * (ranks - 1) / ranks,
+            "_c10d_functional::all_gather_into_tensor": ranks - 1,
+            "_c10d_functional::reduce_scatter_tensor": (ranks - 1) / ranks,
+        }
+        self.sent = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(each, DTensor) for each in types):
+            return NotImplemented  # first what it makes of it
+        factor = self.factors.get(func._schema.name)
+        if factor is not None:
+            tensor = next(each for each in tree_leaves(args) if isinstance(each, Tensor))
+            if tensor.shape != self.ignored:
+                self.sent += factor * tensor.nbytes
+        return func(*args, **(kwargs or {}))
+
+
+def sent_by(trial: Trial) -> float:
+    """Bytes that this rank really sends from one optimizer step to the next.
+
+    The gradients of tensor parallel norms, which travel in the optimizer, are left out.
+    """
+    sums = []
+    with Wire(ignored=(trial.spec().dim,)) as wire:
+        hook = register_optimizer_step_pre_hook(lambda *_: sums.append(wire.sent))
+        run_trial(trial)
+        hook.remove()
+    return sums[-1] - sums[-2]
+
+
+SIZES = {"llama-tiny": {"dim": 256, "ffn": 512}, "lm-tiny": {"ninp": 256, "nhid": 512, "layers": 1}}
+PLAIN, CHECKPOINTED = Setting(), Setting(precision="mixed", checkpointing=True)
+CASES = [
+    ("dp", "lm-tiny", CHECKPOINTED),
+    ("fsdp-root", "llama-tiny", PLAIN),
+    ("fsdp", "lm-tiny", CHECKPOINTED),
+    ("tp", "llama-tiny", PLAIN),
+    ("tp", "llama-tiny", CHECKPOINTED),
+    ("tp", "lm-tiny", CHECKPOINTED),
+    ("rtp", "llama-tiny", PLAIN),
+    ("rtp", "lm-tiny", CHECKPOINTED),
+    ("rtp-inplace", "llama-tiny", CHECKPOINTED),
+]
+
+
+def test_what_is_sent_is_what_the_formulas_say() -> None:
+    with Crew(2, SECONDS) as crew:
+        for strategy, model, setting in CASES:
+            each = Trial(strategy, model, 1, 8, setting, SIZES[model], steps=2, warmup=0)
+            assert crew.run(sent_by, each)[0] == sent.per_step(each, 2), each
+
+
+def test_what_is_sent_alone_and_by_an_unknown_strategy() -> None:
+    assert sent.per_step(replace(trial(), strategy="single"), 2) == 0
+    assert sent.per_step(replace(trial(), strategy="tp"), 1) == 0
+    with pytest.raises(ValueError, match="no formula for 'pp'"):
+        sent.per_step(replace(trial(), strategy="pp"), 2)
+
+
+def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    table = report.Table("sizes", ["name", "a|b"])
+    table.add("x", None)
+    with pytest.raises(ValueError, match="1 cells for the 2"):
+        table.add("y")
+    markdown = "## sizes\n\n| name | a\\|b |\n| --- | ---: |\n| x | – |\n"
+    assert table.markdown() == markdown
+    assert table.rich().row_count == 1
+    report.show(table)  # not on a terminal
+    assert markdown in capsys.readouterr().out
+
+
+def test_what_is_written_is_whole(tmp_path: Path) -> None:
+    report.write(tmp_path / "new", "r", data=[1], markdown="text")
+    with pytest.raises(TypeError):
+        report.write(tmp_path / "new", "r", data=object(), markdown="other")
+    written = json.loads((tmp_path / "new" / "r.json").read_text())
+    assert written["results"] == [1]
+    assert {"command", "hardware", "versions", "date"} < set(written)
+    assert (tmp_path / "new" / "r.md").read_text().endswith("text")
+    assert Counter(file.suffix for file in (tmp_path / "new").iterdir()) == {".json": 1, ".md": 1}
+
+
+def test_a_chart_shows_what_ran_out_of_memory(tmp_path: Path) -> None:
+    series = {"allocated": [1.0, None], "reserved": [1.5, 2.0]}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        chart.bars(
+            tmp_path / name / "c.svg", ["dp", "rtp"], series, ylabel="GiB", line=("limit", 2.0)
+        )
+    drawing = (tmp_path / "a" / "c.svg").read_text()
+    for text in ("dp", "rtp", "allocated", "reserved", "limit", "GiB", "1.5", "OOM"):
+        assert f">{text}<" in drawing
+    assert drawing == (tmp_path / "b" / "c.svg").read_text()
