@@ -35,6 +35,7 @@ from tests.ranks import (
     WORLD_SIZES,
     all_world_sizes,
     device,
+    in_turns,
     multi_world_sizes,
     run_ranks,
 )
@@ -206,9 +207,8 @@ def _check_mean_of_gradients(
             torch.testing.assert_close(full(parameter.grad), expected, **FP64)
 
 
-@all_world_sizes
+@in_turns("kind", INPUTS)
 @dims
-@pytest.mark.parametrize("kind", INPUTS)
 def test_an_input_may_be(world_size: int, dim: int, kind: str) -> None:
     run_ranks(world_size, _check_mean_of_gradients, kind, dim=dim)
 

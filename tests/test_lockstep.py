@@ -191,7 +191,7 @@ import os, sys
 import torch.distributed as dist
 from rtp_wrap.lockstep import Lockstep
 
-for attempt in range(6):
+for attempt in range(4):
     ranks = [0, 0]
     for rank in range(2):
         ranks[rank] = os.fork()

@@ -9,15 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import rtp_wrap
 from harness import communication, curve, link, report
 from harness.communication import Compute, Fabric, Network
 from harness.report import Table
-from harness.strategies import PRECISIONS, STRATEGIES, Setting
+from harness.strategies import PRECISIONS, STRATEGIES, Setting, rtp_options
 from harness.trial import Trial
-from rtp_wrap import MixedPrecisionPolicy, Plan
+from rtp_wrap import Plan
 
 #: The strategies whose steps have a formula.
 FORMULAS = {"rtp": communication.rtp, "fsdp": communication.fsdp}
@@ -97,11 +95,9 @@ class Study:
         """What ``rtp_wrap`` makes of the model on so many ranks."""
         if ranks in self._plans:
             return self._plans[ranks]
-        setting, precision = self.trial.setting, MixedPrecisionPolicy()
-        if setting.mixed:
-            precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        setting = self.trial.setting
         model = self.trial.spec().build().to(PRECISIONS[setting.precision])
-        plan = rtp_wrap.plan(model, world_size=ranks, mixed_precision=precision)
+        plan = rtp_wrap.plan(model, world_size=ranks, **rtp_options(setting))
         return self._plans.setdefault(ranks, plan)
 
     def formula(self, strategy: str, ranks: int, fabric: Fabric) -> float:
