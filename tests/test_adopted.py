@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from rtp_wrap import Gather, Ignore, Replicate, RotatedTensorParallel, ShardingPolicy
 from tests.parity import compare_gradients, compare_weights, full, mean_square, sgd
-from tests.ranks import all_world_sizes, device, multi_world_sizes, run_ranks
+from tests.ranks import device, in_turns, multi_world_sizes, run_ranks
 
 SHARDED = ShardingPolicy(replicate_below=0)
 POLICIES = {
@@ -27,7 +27,7 @@ POLICIES = {
     "gathered": ShardingPolicy(rules={"*": Gather()}),
     "replicated": ShardingPolicy(rules={"*": Replicate()}),
 }
-every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+every_policy = in_turns("policy", POLICIES)
 
 
 class Model(nn.Module):
@@ -97,11 +97,8 @@ def _check_identity(policy: ShardingPolicy) -> None:
 
 
 @every_policy
-@all_world_sizes
-def test_objects_types_hooks_names_and_signatures_survive(
-    world_size: int, policy: ShardingPolicy
-) -> None:
-    run_ranks(world_size, _check_identity, policy)
+def test_objects_types_hooks_names_and_signatures_survive(world_size: int, policy: str) -> None:
+    run_ranks(world_size, _check_identity, POLICIES[policy])
 
 
 def _check_reads(policy: ShardingPolicy) -> None:
@@ -118,11 +115,10 @@ def _check_reads(policy: ShardingPolicy) -> None:
 
 
 @every_policy
-@all_world_sizes
 def test_parameters_are_plain_inside_forward_and_dtensors_outside(
-    world_size: int, policy: ShardingPolicy
+    world_size: int, policy: str
 ) -> None:
-    run_ranks(world_size, _check_reads, policy)
+    run_ranks(world_size, _check_reads, POLICIES[policy])
 
 
 def _train(model: nn.Module, x: torch.Tensor, steps: int) -> None:
@@ -167,9 +163,8 @@ def _check_deepcopy(policy: ShardingPolicy) -> None:
 
 
 @every_policy
-@all_world_sizes
-def test_a_deepcopy_trains_on_its_own(world_size: int, policy: ShardingPolicy) -> None:
-    run_ranks(world_size, _check_deepcopy, policy)
+def test_a_deepcopy_trains_on_its_own(world_size: int, policy: str) -> None:
+    run_ranks(world_size, _check_deepcopy, POLICIES[policy])
 
 
 def _check_pickle(policy: ShardingPolicy) -> None:
@@ -182,11 +177,10 @@ def _check_pickle(policy: ShardingPolicy) -> None:
 
 
 @every_policy
-@all_world_sizes
 def test_an_adopted_module_can_be_pickled_where_its_ring_lives(
-    world_size: int, policy: ShardingPolicy
+    world_size: int, policy: str
 ) -> None:
-    run_ranks(world_size, _check_pickle, policy)
+    run_ranks(world_size, _check_pickle, POLICIES[policy])
 
 
 def _check_attributes(policy: ShardingPolicy) -> None:
@@ -230,11 +224,8 @@ def _check_attributes(policy: ShardingPolicy) -> None:
 
 
 @every_policy
-@all_world_sizes
-def test_attributes_can_be_deleted_set_and_replaced(
-    world_size: int, policy: ShardingPolicy
-) -> None:
-    run_ranks(world_size, _check_attributes, policy)
+def test_attributes_can_be_deleted_set_and_replaced(world_size: int, policy: str) -> None:
+    run_ranks(world_size, _check_attributes, POLICIES[policy])
 
 
 class Collides(nn.Module):

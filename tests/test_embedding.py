@@ -387,14 +387,9 @@ MODELS: list[tuple[type[nn.Module], dict[Any, Any], dict[str, Any]]] = [
 ]
 
 
-@all_world_sizes
-@pytest.mark.parametrize(
-    ("build", "rules", "uses"), MODELS, ids=lambda each: getattr(each, "__name__", str(each))
-)
-def test_training_is_that_of_the_dense_model(
-    world_size: int, build: Any, rules: Any, uses: Any
-) -> None:
-    run_ranks(world_size, _train, build, rules, uses)
+@in_turns("index", range(len(MODELS)))
+def test_training_is_that_of_the_dense_model(world_size: int, index: int) -> None:
+    run_ranks(world_size, _train, *MODELS[index])
 
 
 def _evaluate_then_train(dim: int) -> None:

@@ -213,10 +213,9 @@ def test_an_input_may_be(world_size: int, dim: int, kind: str) -> None:
     run_ranks(world_size, _check_mean_of_gradients, kind, dim=dim)
 
 
-@all_world_sizes
+@in_turns("frozen", [(), ("weight",), ("bias",), ("weight", "bias")])
 @modes
 @pytest.mark.parametrize("needs_dx", [True, False], ids=["dx", "no dx"])
-@pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",), ("weight", "bias")], ids=str)
 def test_only_what_requires_gradients_gets_them(
     world_size: int, inplace: bool, needs_dx: bool, frozen: tuple[str, ...]
 ) -> None:
@@ -422,20 +421,19 @@ def _errors(
     }
 
 
-@all_world_sizes
+#: The dtype of products, and whether autocast chooses it.
+LOW_PRECISION = {
+    "fp32": (torch.float32, False),
+    "bf16": (torch.bfloat16, False),
+    "fp16": (torch.float16, False),
+    "autocast to bf16": (torch.bfloat16, True),
+}
+
+
+@in_turns("name", LOW_PRECISION)
 @dims
-@pytest.mark.parametrize(
-    ("dtype", "autocast"),
-    [
-        (torch.float32, False),
-        (torch.bfloat16, False),
-        (torch.float16, False),
-        (torch.bfloat16, True),
-    ],
-    ids=["fp32", "bf16", "fp16", "autocast to bf16"],
-)
 def test_low_precision_is_as_precise_as_in_the_dense_layer(
-    world_size: int, dim: int, dtype: torch.dtype, autocast: bool
+    world_size: int, dim: int, name: str
 ) -> None:
     """Compared with the dense layer of the same dtype; both by their distance to fp64.
 
@@ -443,10 +441,11 @@ def test_low_precision_is_as_precise_as_in_the_dense_layer(
     1, dx for dim 0) or over ranks (dW, averaged biases) is written several times, which rounds
     partial sums too; they are smaller and independent, and an epsilon more is allowed for them.
     """
+    dtype, autocast = LOW_PRECISION[name]
     for inplace in (False, True):
         for errors in run_ranks(world_size, _errors, dtype, dim, inplace, autocast):
-            for name, (ours, dense) in errors.items():
-                assert ours <= dense + torch.finfo(dtype).eps, name
+            for what, (ours, dense) in errors.items():
+                assert ours <= dense + torch.finfo(dtype).eps, what
 
 
 def _large_gradients() -> None:
