@@ -28,6 +28,7 @@ from harness import compute, link, progress, report
 from harness.communication import Network
 from harness.crew import Crew, TrialError
 from harness.models import NAMES
+from harness.options import positive
 from harness.strategies import PRECISIONS, Setting
 from harness.study import Study
 from harness.trial import Trial, run_trial
@@ -122,7 +123,7 @@ def _calibrate(
 ) -> dict[str, Any]:
     """What a ``Study`` needs besides runs; of several ranks the slowest one's."""
     spec, alone, most = trial.spec(), crews[1], max(crews)
-    dtype = torch.bfloat16 if trial.setting.mixed else PRECISIONS[trial.setting.precision]
+    dtype = trial.setting.compute_dtype
     ring = crews[most]
     hops = [max(each) for each in zip(*ring.run(link.hops, SIZES), strict=True)]
     gathers = [max(each) for each in zip(*ring.run(link.gathers, SIZES), strict=True)]
@@ -146,15 +147,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add, count, number = parser.add_argument, positive(int), positive(float)
     default = "llama-8b-layers" if CUDA else "llama-tiny"
     add("--model", choices=NAMES, metavar="NAME", default=default, help=f"of {', '.join(NAMES)}")
-    add("--layers", type=_count, help="default: the model's")
-    add("--batch-size", type=_count, default=2, help="sequences per rank; default: 2")
-    add("--seq-len", type=_count, default=4096 if CUDA else 64, help="default: %(default)s")
+    add("--layers", type=count, help="default: the model's")
+    add("--batch-size", type=count, default=2, help="sequences per rank; default: 2")
+    add("--seq-len", type=count, default=4096 if CUDA else 64, help="default: %(default)s")
     precision = "bf16" if CUDA else "fp32"
     add("--precision", choices=PRECISIONS, default=precision, help="default: %(default)s")
-    add("--ranks", type=_count, nargs="+", help="default: powers of two up to all GPUs, or 1 2")
+    add(
+        "--ranks",
+        type=count,
+        nargs="+",
+        help="default: powers of two up to all GPUs, or 1 2",
+    )
     add(
         "--strategies",
         choices=("rtp", "fsdp", "dp"),
@@ -162,21 +168,32 @@ def _parser() -> argparse.ArgumentParser:
         default=["rtp"],
         help="default: rtp",
     )
-    add("--rounds", type=_count, default=3, help="of all numbers of ranks in turn; default: 3")
-    add("--steps", type=_count, default=8, help="timed ones of a round; default: 8")
-    add("--warmup", type=_count, default=3, help="steps before those; default: 3")
-    add("--timeout", type=_positive, default=600.0, help="seconds of a round; default: 600")
+    add(
+        "--rounds",
+        type=count,
+        default=3,
+        help="of all numbers of ranks in turn; default: 3",
+    )
+    add("--steps", type=count, default=8, help="timed ones of a round; default: 8")
+    add("--warmup", type=count, default=3, help="steps before those; default: 3")
+    add("--timeout", type=number, default=600.0, help="seconds of a round; default: 600")
     add("--predict-only", type=Path, metavar="JSON", help="of an earlier run: measure nothing")
     counts = [2**power for power in range(11)]
-    add("--predict", type=_count, nargs="+", default=counts, help="ranks; default: 1 2 … 1024")
-    add("--gpus-per-node", type=_count, default=8, help="default: 8")
+    add(
+        "--predict",
+        type=count,
+        nargs="+",
+        default=counts,
+        help="ranks; default: 1 2 … 1024",
+    )
+    add("--gpus-per-node", type=count, default=8, help="default: 8")
     network = "Gbit/s per GPU between nodes; default: 400, an NDR InfiniBand port for each"
-    add("--network-gbps", type=_positive, default=400.0, help=network)
+    add("--network-gbps", type=number, default=400.0, help=network)
     latency = (
         "of a hop between nodes, added to that of a hop in one; default: 14, which NCCL assumes "
         "for a step of its ring (hwLat[NET][Ring][Simple] in its src/graph/tuning.cc)"
     )
-    add("--network-latency-us", type=_positive, default=14.0, help=latency)
+    add("--network-latency-us", type=number, default=14.0, help=latency)
     out = Path("runs/scaling")
     add("--out", type=Path, default=out, help="directory of the results; default: %(default)s")
     return parser
@@ -191,18 +208,6 @@ def _ranks(parser: argparse.ArgumentParser, given: list[int] | None) -> list[int
     if len(ranks) == 1:
         parser.error("one rank has no link to measure: give --ranks 1 2, or --predict-only JSON")
     return ranks
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not 1 or more")
-    return int(text)
-
-
-def _positive(text: str) -> float:
-    if not (number := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not more than 0")
-    return number
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ Also runs as ranks of a job: `torchrun --nproc_per_node=2 -m pytest tests/test_a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,7 +32,6 @@ from rtp_wrap import (
     RotatedTensorParallel,
     ShardingPolicy,
 )
-from rtp_wrap.lockstep import Lockstep
 from rtp_wrap.modules import Adopted
 from rtp_wrap.modules.attention import RotatedMultiheadAttention
 from rtp_wrap.modules.linear import RotatedLinear
@@ -48,13 +46,12 @@ from tests.ranks import (
     multi_world_sizes,
     run_ranks,
 )
+from tests.rotated import TINY, events
 
 #: Everything that can be rotated is, whatever its size.
 ROTATE = ShardingPolicy(replicate_below=0)
 #: The same, but what has no rotated form is replicated, not gathered: fewer operations.
 ROTATE_OR_REPLICATE = ShardingPolicy(rules={"*": Rotate(), "**": Replicate()}, replicate_below=0)
-#: The least staging: slots of 256 bytes, 32 numbers in fp64, in a backward.
-TINY = 1024
 B, L, S = 2, 3, 4  # samples of a rank, queries, keys
 
 
@@ -419,20 +416,6 @@ def _pair(*, policy: ShardingPolicy = ROTATE, **options: Any) -> tuple[Any, Any]
     return dense, RotatedTensorParallel(deepcopy(dense), policy=policy)
 
 
-@contextmanager
-def _events() -> Iterator[list[str]]:
-    """Every communicating operation of this rank, by name."""
-    seen: list[str] = []
-    record = Lockstep.record
-
-    def recording(self: Lockstep, event: str) -> None:
-        seen.append(event)
-        record(self, event)
-
-    with patch.object(Lockstep, "record", recording):
-        yield seen
-
-
 def _count_rotations() -> None:
     """With biases replicated, whose gradients are averaged in one operation in the end."""
     policy = ShardingPolicy(rules={"*bias": Replicate()}, replicate_below=0)
@@ -440,7 +423,7 @@ def _count_rotations() -> None:
     x, y = (_random(B, L, 12, seed=seed).to(device()) for seed in (0, 1))
     ins, out = "the root MultiheadAttention", "out_proj"
     for arguments in ((x, x, x), (x, y, y), (x, y, x)):
-        with _events() as seen:
+        with events() as seen:
             output, _ = wrapped(*(each.requires_grad_() for each in arguments))
             assert seen == [f"{ins} forward", f"{out} forward"]
             seen.clear()
@@ -448,7 +431,7 @@ def _count_rotations() -> None:
         assert seen[:2] == [f"{out} backward (dx dw)", f"{ins} backward (dx dw)"]
         assert len(seen) == 3
     wrapped.eval()
-    with _events() as seen, torch.no_grad():  # where torch has a fast path on whole weights
+    with events() as seen, torch.no_grad():  # where torch has a fast path on whole weights
         wrapped(x, x, x)
     assert seen == [f"{ins} forward", f"{out} forward"]
 

@@ -46,13 +46,11 @@ from tests.ranks import (
     multi_world_sizes,
     run_ranks,
 )
+from tests.rotated import TINY, dims
 
-dims = pytest.mark.parametrize("dim", [0, 1])
 #: One that divides most sizes and one that does not; the property test has all.
 few_world_sizes = pytest.mark.parametrize("world_size", [2, 3])
 
-#: The least staging: slots of 256 bytes, 32 numbers in fp64, in a backward.
-TINY = 1024
 
 CONVS = {False: (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 CONVS[True] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

@@ -32,12 +32,9 @@ from rtp_wrap.modules import rotation_dim
 from rtp_wrap.modules.linear import RotatedConv1D
 from tests.parity import check_parity
 from tests.ranks import WORLD_SIZES, all_world_sizes, device, in_turns, run_ranks
-
-dims = pytest.mark.parametrize("dim", [0, 1])
+from tests.rotated import TINY, dims
 
 LIBRARY = "transformers.pytorch_utils"
-#: The least staging.
-TINY = 1024
 
 
 class Conv1D(nn.Module):

@@ -46,12 +46,8 @@ from tests.ranks import (
     multi_world_sizes,
     run_ranks,
 )
+from tests.rotated import TINY, dims
 
-dims = pytest.mark.parametrize("dim", [0, 1])
-modes = pytest.mark.parametrize("inplace", [False, True], ids=["overlap", "inplace"])
-
-#: The least staging: slots of 512 bytes, 64 numbers in fp64, in a backward without weights.
-TINY = 1024
 FORMS = (RotatedEmbedding, RotatedEmbeddingBag)
 
 #: A rank's arguments of a layer.

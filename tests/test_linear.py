@@ -39,12 +39,7 @@ from tests.ranks import (
     multi_world_sizes,
     run_ranks,
 )
-
-dims = pytest.mark.parametrize("dim", [0, 1])
-modes = pytest.mark.parametrize("inplace", [False, True], ids=["overlap", "inplace"])
-
-#: The least staging: slots of 256 bytes, 32 numbers in fp64, in a backward.
-TINY = 1024
+from tests.rotated import TINY, dims, modes
 
 
 def _policy(dim: int = 0, staging_bytes: int | None = None, bias: Any = None) -> ShardingPolicy:

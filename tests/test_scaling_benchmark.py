@@ -179,7 +179,7 @@ def test_it_measures_predicts_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
         (("--predict-only", "{file}"), "is no scaling.json of this benchmark"),
         (("--predict-only", "{file}", "--seq-len", "8"), "leave out --seq-len"),
         (("--ranks", "1"), "give --ranks 1 2"),
-        (("--network-gbps", "0"), "0 is not more than 0"),
+        (("--network-gbps", "0"), "0 is not above 0"),
     ],
 )
 def test_mistakes_are_named(

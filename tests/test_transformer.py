@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
@@ -27,11 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from rtp_wrap import Gather, Replicate, Rotate, RotatedTensorParallel, ShardingPolicy
-from rtp_wrap.lockstep import Lockstep
 from rtp_wrap.modules.attention import RotatedMultiheadAttention
 from rtp_wrap.modules.linear import RotatedLinear
 from tests.parity import FP64, check_parity, compare_gradients, full, mean_square, sgd
 from tests.ranks import DEVICE_TYPE, all_world_sizes, device, in_turns, multi_world_sizes, run_ranks
+from tests.rotated import events
 
 ROTATE = ShardingPolicy(replicate_below=0)
 #: The same, but all of what has no rotated form is replicated: fewer operations.
@@ -43,20 +42,6 @@ VOCABULARY = 17
 def _random(*shape: int, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-@contextmanager
-def _events() -> Iterator[list[str]]:
-    """Every communicating operation of this rank, by name."""
-    seen: list[str] = []
-    record = Lockstep.record
-
-    def recording(self: Lockstep, event: str) -> None:
-        seen.append(event)
-        record(self, event)
-
-    with patch.object(Lockstep, "record", recording):
-        yield seen
 
 
 @contextmanager
@@ -210,7 +195,7 @@ def _inference(mode: Any) -> None:
                 slow = dense(x, src_key_padding_mask=mask)
             finally:
                 torch.backends.mha.set_fastpath_enabled(True)
-            with _events() as seen:
+            with events() as seen:
                 ours = wrapped(x, src_key_padding_mask=mask)
                 assert [each for each in seen if "forward" in each] == rotations
                 # What is gathered is the biases and the norms: here nothing is replicated.
@@ -264,7 +249,7 @@ def _copies() -> None:
     with torch.no_grad():
         copy = deepcopy(wrapped)
         for model in (wrapped, copy):
-            with _events() as seen:
+            with events() as seen:
                 model(x, src_key_padding_mask=padding)
             assert "layers.1.linear2 forward" in seen
 
@@ -403,7 +388,7 @@ def _own(*shape: int) -> torch.Tensor:
 
 def _row_6_rotates() -> None:
     _, wrapped = _original(nn.MultiheadAttention(WIDTH, HEADS))
-    with _events() as seen:
+    with events() as seen:
         wrapped(_own(S, B, WIDTH))
     assert "attention forward" in seen
     assert "attention.out_proj forward" in seen

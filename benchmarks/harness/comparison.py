@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -102,6 +103,7 @@ class Comparison:
         self.ranks = ranks
         self.baseline = baseline
         self.runs: list[Run] = []
+        self._sent: dict[str, int] = {}  # by strategy
 
     def add(self, run: Run) -> None:
         self.runs.append(run)
@@ -117,7 +119,7 @@ class Comparison:
             return Row(name, failure)
         steps = [run.step for run in runs]
         speed = self.trial.tokens / statistics.median(steps)
-        work = flops.per_token(self.trial.spec(), self.trial.seq_len) * speed
+        work = self._flops_per_token * speed
         return Row(
             strategy=name,
             seconds=statistics.median(steps),
@@ -129,11 +131,20 @@ class Comparison:
             allocated=max(run.allocated for run in runs),
             reserved=max(run.reserved for run in runs),
             utilisation=flops.utilisation(work, hardware.device_name(), self.trial.setting),
-            sent=sent.per_step(self._trial(name), self.ranks),
+            sent=self._sent_by(name),
             first_loss=runs[-1].loss[0],
             last_loss=runs[-1].loss[-1],
             agrees=all(self._agrees(run) for run in runs),
         )
+
+    @functools.cached_property
+    def _flops_per_token(self) -> float:
+        return flops.per_token(self.trial.spec(), self.trial.seq_len)
+
+    def _sent_by(self, name: str) -> int:
+        if name not in self._sent:
+            self._sent[name] = sent.per_step(self._trial(name), self.ranks)
+        return self._sent[name]
 
     def _speed(self, runs: Sequence[Run], other: str) -> float | None:
         """How many times as fast as ``other``: the median over rounds that have both."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from harness.link import seconds, this_device
+from harness.hardware import this_device
+from harness.link import seconds
 from harness.strategies import STRATEGIES, apply
-from harness.trial import Trial
+from harness.trial import Trial, adamw
 
 
 def optimizer_seconds(trial: Trial) -> float:
     """Of the optimizer's part of the step of ``trial``, with gradients that are there already."""
     device = this_device()
     model = apply(STRATEGIES["single"], trial.spec().build(), trial.setting, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    optimizer = adamw(model, device)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     return seconds(optimizer.step)

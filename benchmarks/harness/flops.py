@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 
 from harness.models import ModelSpec
-from harness.strategies import PRECISIONS, Setting
+from harness.strategies import Setting
 
 #: TFLOP/s of dense products (no sparsity) by the name of the device, from NVIDIA's data sheets:
 #: bf16 and fp16 on tensor cores; fp32 without them, as torch does it unless TF32 is allowed.
@@ -40,6 +40,6 @@ def per_token(spec: ModelSpec, seq_len: int) -> float:
 
 def utilisation(flops_per_second: float, device: str, setting: Setting) -> float | None:
     """Of the peak of ``device`` at the precision of its products; ``None`` if unknown."""
-    bits = 16 if setting.mixed else PRECISIONS[setting.precision].itemsize * 8
+    bits = setting.compute_dtype.itemsize * 8
     peak = PEAK.get(device, {}).get(bits)
     return None if peak is None else flops_per_second / (peak * 1e12)

@@ -23,6 +23,13 @@ def describe() -> dict[str, str]:
     }
 
 
+def this_device() -> torch.device:
+    """This rank's, where it has chosen its GPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
 def devices() -> str:
     """Such as "4 × NVIDIA H200" or "CPU, 2 cores (x86_64)"."""
     if not torch.cuda.is_available():

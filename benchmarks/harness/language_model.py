@@ -29,6 +29,7 @@ from harness import flags, hardware, report
 from harness.memory import Memory
 from harness.strategies import apply
 from launch import launch, leave
+from report import tell
 
 #: A rank that waits longer for others gives up.
 TIMEOUT = timedelta(minutes=10)
@@ -190,9 +191,3 @@ def summarise(
             "peak_bytes": peaks,
         }
         report.replace(job.options.json, json.dumps(result, indent=2, default=str) + "\n")
-
-
-def tell(text: str) -> None:
-    """Print on rank 0."""
-    if dist.get_rank() == 0:
-        print(text, flush=True)

@@ -13,16 +13,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from harness.hardware import this_device
 from rtp_wrap.transport import PointToPoint
 
 CALLS, REPEATS = 10, 5
-
-
-def this_device() -> torch.device:
-    """This rank's."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def seconds(action: Callable[[], object]) -> float:

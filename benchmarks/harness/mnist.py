@@ -23,9 +23,12 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn import functional as F
 
+from harness import hardware, report
 from harness.digits import Digits, in_order, load, shuffled
 from harness.memory import Memory
+from harness.options import positive
 from launch import launch, leave
+from report import tell
 
 SAVED_MODEL = Path("mnist_cnn.pt")
 #: The most that one rank may wait for another.
@@ -100,26 +103,20 @@ def _parser(strategy: str) -> argparse.ArgumentParser:
         default = "; default: %(default)s" if how.get("default") is not None else ""
         parser.add_argument(flag, help=text + default, **how)
 
-    add("--batch-size", "images per rank and step", type=count, default=64)
-    add("--test-batch-size", "images per rank, at most", type=count, default=1000)
-    add("--epochs", "how often all images are seen", type=count, default=10)
+    add("--batch-size", "images per rank and step", type=positive(int), default=64)
+    add("--test-batch-size", "images per rank, at most", type=positive(int), default=1000)
+    add("--epochs", "how often all images are seen", type=positive(int), default=10)
     add("--lr", "Adadelta's", type=rate, default=1.0)
     add("--gamma", "factor of the rate after an epoch", type=rate, default=0.7)
     add("--dropout", "instead of the model's own 0.25 and 0.5", type=probability)
     add("--no-cuda", "CPU ranks, even if there are GPUs", action="store_true")
     add("--seed", "of weights, order of images and dropout", type=int, default=1)
-    add("--log-interval", "batches between two lines", type=count, default=10)
-    add("--max-batches", "train on no more of each epoch", type=count, metavar="N")
+    add("--log-interval", "batches between two lines", type=positive(int), default=10)
+    add("--max-batches", "train on no more of each epoch", type=positive(int), metavar="N")
     add("--data-dir", "MNIST's four files, as they are or .gz", type=Path, metavar="DIR")
     add("--save-model", f"write it whole to {SAVED_MODEL}", action="store_true")
     add("--json", "write what was measured", type=Path, metavar="FILE")
     return parser
-
-
-def count(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
 
 
 def rate(text: str) -> float:
@@ -143,7 +140,7 @@ def _run(
 ) -> bool:
     """Train, test, print and write on this rank; return whether it was interrupted."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    _tell(
+    tell(
         f"{strategy} on {ranks} {device.type} ranks: {digits.name}, {len(digits.train)} images, "
         f"{len(digits.test)} to test"
     )
@@ -160,34 +157,34 @@ def _run(
     dist.all_gather_object(peaks, memory.peak())
 
     if training.interrupted:
-        _tell("\ninterrupted")
-    _tell(f"Elapsed time: {seconds:.2f} s")
+        tell("\ninterrupted")
+    tell(f"Elapsed time: {seconds:.2f} s")
     for each, (allocated, reserved) in enumerate(peaks):
         of = f"allocated, {reserved / MIB:.1f} MiB reserved"
         if device.type == "cpu":
             of = "more resident than before"
-        _tell(f"Peak memory of rank {each}: {allocated / MIB:.1f} MiB {of}")
+        tell(f"Peak memory of rank {each}: {allocated / MIB:.1f} MiB {of}")
     if options.json is not None and rank == 0:
         written = {
+            **hardware.describe(),
             "strategy": strategy,
             "arguments": vars(options),
             "data": digits.name,
             "ranks": ranks,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
+            "device": device.type,
             "interrupted": training.interrupted,
             "losses": training.losses,
             "tests": training.tests,
             "seconds": seconds,
             "peak_bytes": [{"allocated": a, "reserved": r} for a, r in peaks],
         }
-        options.json.write_text(json.dumps(written, indent=1, default=str) + "\n")
+        report.replace(options.json, json.dumps(written, indent=2, default=str) + "\n")
     if options.save_model and not training.interrupted:
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state = get_model_state_dict(model, options=whole)
         if rank == 0:
             torch.save(state, SAVED_MODEL)
-            _tell(f"Saved the whole model as {SAVED_MODEL.resolve()}")
+            tell(f"Saved the whole model as {SAVED_MODEL.resolve()}")
     return training.interrupted
 
 
@@ -241,7 +238,7 @@ class Training:
                 continue
             mean = self._sum(loss)[0] / ranks
             self.losses.append((epoch, number, mean))
-            _tell(
+            tell(
                 f"Train Epoch: {epoch} [{number * options.batch_size * ranks}/{len(part)} "
                 f"({100 * number / len(batches):.0f}%)]\tLoss: {mean:.6f}"
             )
@@ -263,7 +260,7 @@ class Training:
         losses, right = self._sum(loss, hits)
         mean, accuracy = losses / len(part), right / len(part)
         self.tests.append({"epoch": epoch, "loss": mean, "accuracy": accuracy})
-        _tell(
+        tell(
             f"\nTest set: Average loss: {mean:.4f}, "
             f"Accuracy: {right:.0f}/{len(part)} ({accuracy:.0%})\n"
         )
@@ -276,9 +273,3 @@ class Training:
         *sums, interrupted = total.tolist()
         self.interrupted = interrupted > 0
         return sums
-
-
-def _tell(line: str) -> None:
-    """Print on rank 0."""
-    if dist.get_rank() == 0:
-        print(line, flush=True)

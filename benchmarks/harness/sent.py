@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import llama
-from harness.strategies import PRECISIONS, STRATEGIES, rtp_options
+from harness.strategies import STRATEGIES, rtp_options
 from harness.trial import Trial
 from rtp_wrap import Rotate, plan
 
@@ -35,9 +35,9 @@ def per_step(trial: Trial, ranks: int) -> int:
 
     Raises ``ValueError`` for a strategy without a formula.
     """
-    model = trial.spec().build().to(PRECISIONS[trial.setting.precision])
     if trial.strategy == "single":
         return 0
+    model = trial.spec().build().to(trial.setting.dtype)
     if trial.strategy == "dp":
         gradients = sum(parameter.nbytes for parameter in model.parameters())
         return 2 * (ranks - 1) * gradients // ranks
@@ -51,7 +51,7 @@ def per_step(trial: Trial, ranks: int) -> int:
 
 
 def _fsdp2(trial: Trial, model: nn.Module, ranks: int) -> int:
-    weight, gradient = _computed(trial).itemsize, PRECISIONS[trial.setting.precision].itemsize
+    weight, gradient = trial.setting.compute_dtype.itemsize, trial.setting.dtype.itemsize
     sent = 0
     for name, parameter in model.named_parameters():
         rows, *rest = parameter.shape
@@ -65,7 +65,7 @@ def _tensor_parallel(trial: Trial, ranks: int) -> int:
     spec = trial.spec()
     gated = isinstance(spec.shape, llama.Shape)
     # What linears put out is in the dtype that is computed in, what norms do in the parameters'.
-    linear, norm = _computed(trial).itemsize, PRECISIONS[trial.setting.precision].itemsize
+    linear, norm = trial.setting.compute_dtype.itemsize, trial.setting.dtype.itemsize
     block = 4 * norm + 4 * linear
     if trial.setting.checkpointing:  # a block that ends in a norm needs its last sum for that
         block += 2 * norm + (1 if gated else 2) * linear
@@ -85,9 +85,5 @@ def _rtp(trial: Trial, model: nn.Module, ranks: int) -> int:
             for each in planned.parameters
             if each.fqn.startswith("blocks.") and isinstance(each.home, Rotate)
         ]
-        sent += (ranks - 1) * sum(again) * _computed(trial).itemsize
+        sent += (ranks - 1) * sum(again) * trial.setting.compute_dtype.itemsize
     return sent
-
-
-def _computed(trial: Trial) -> torch.dtype:
-    return torch.bfloat16 if trial.setting.mixed else PRECISIONS[trial.setting.precision]

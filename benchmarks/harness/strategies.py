@@ -53,6 +53,16 @@ class Setting:
     def mixed(self) -> bool:
         return self.precision == "mixed"
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters'."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of what products multiply."""
+        return torch.bfloat16 if self.mixed else self.dtype
+
 
 Prepare = Callable[[nn.Module, Setting, torch.device], nn.Module]
 
@@ -84,7 +94,7 @@ def apply(
     strategy: Strategy, model: nn.Module, setting: Setting, device: torch.device
 ) -> nn.Module:
     """Dtype, checkpointing and compilation, then the strategy."""
-    model.to(PRECISIONS[setting.precision])
+    model.to(setting.dtype)
     for block in model.blocks:  # type: ignore[union-attr]
         if setting.checkpointing:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import rtp_wrap
-from harness import communication, curve, link, report
+from harness import chart, communication, link, report
 from harness.communication import Compute, Fabric, Network
 from harness.report import Table
-from harness.strategies import PRECISIONS, STRATEGIES, Setting, rtp_options
+from harness.strategies import STRATEGIES, Setting, rtp_options
 from harness.trial import Trial
 from rtp_wrap import Plan
 
@@ -96,7 +96,7 @@ class Study:
         if ranks in self._plans:
             return self._plans[ranks]
         setting = self.trial.setting
-        model = self.trial.spec().build().to(PRECISIONS[setting.precision])
+        model = self.trial.spec().build().to(setting.dtype)
         plan = rtp_wrap.plan(model, world_size=ranks, **rtp_options(setting))
         return self._plans.setdefault(ranks, plan)
 
@@ -255,7 +255,7 @@ class Study:
             if (step := self.step(strategy, ranks)) is not None:
                 label = f"{STRATEGIES[strategy].label}, measured"
                 points.setdefault(label, []).append((ranks, alone / step))
-        curve.lines(file, curves, points, ylabel="tokens/s per rank, of one rank's")
+        chart.lines(file, curves, points, ylabel="tokens/s per rank, of one rank's")
 
 
 def _assumptions(network: Network) -> str:

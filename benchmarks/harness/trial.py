@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from harness import models
+from harness.hardware import this_device
 from harness.memory import Memory
 from harness.strategies import STRATEGIES, Setting, apply
 
@@ -36,7 +38,6 @@ class Trial:
     warmup: int = 3
     memory_mib: float | None = None
     from_start: bool = False
-    seed: int = 0
 
     @property
     def tokens(self) -> int:
@@ -68,9 +69,7 @@ def run_trial(trial: Trial) -> Outcome:
     """Run on this rank; all ranks of the default group call it. Frees everything at the end."""
     if trial.strategy == "single" and dist.get_world_size() > 1:
         raise ValueError("the strategy 'single' runs on one rank")
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = this_device()
     memory = Memory(device, trial.memory_mib)
     outcome = _train(trial, device, memory)
     memory.release()
@@ -81,10 +80,10 @@ def _train(trial: Trial, device: torch.device, memory: Memory) -> Outcome:
     strategy = STRATEGIES[trial.strategy]
     spec = trial.spec()
     model = apply(strategy, spec.build(), trial.setting, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    optimizer = adamw(model, device)
     # Every rank its own batch, or all of them the same one: the batches of all.
     whose = range(dist.get_world_size()) if strategy.shares_batch else [dist.get_rank()]
-    generators = [torch.Generator().manual_seed(1000 * trial.seed + rank) for rank in whose]
+    generators = [torch.Generator().manual_seed(rank) for rank in whose]
     size = (trial.batch_size, trial.seq_len + 1)
     ticks = [_tick(device)]
     losses = []
@@ -111,6 +110,11 @@ def _train(trial: Trial, device: torch.device, memory: Memory) -> Outcome:
         reserved=reserved,
         staging=getattr(model, "staging_bytes", None),
     )
+
+
+def adamw(model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of every trial."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
 
 
 def _tick(device: torch.device) -> float | torch.cuda.Event:
