@@ -66,7 +66,7 @@ def _totals(plan: Plan) -> str:
         ("parameters", size(plan.parameter_bytes()), size(whole)),
         ("gradients", size(plan.gradient_bytes()), size(trained)),
         ("Adam's moments", size(plan.adam_bytes()), size(2 * trained)),
-        ("staging", size(plan.staging_bytes), None),
+        (f"staging ({plan.transport})", size(plan.staging_bytes), None),
         ("gathered at a time, at most", size(plan.gathered_bytes), None),
     ]
     if plan.activation_bytes is not None:

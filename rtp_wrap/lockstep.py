@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import zlib
 from collections import deque
-from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from rtp_wrap.host_group import host_group
 
 #: Events kept to name the first difference; a training step has three or so per layer.
 HISTORY = 8192
@@ -43,14 +43,8 @@ class Lockstep:
         self._world_size = group.size()
         if self._world_size > 1:
             # A connection of its own, on the host: comparisons do not wait for a GPU, and ranks
-            # that are out of step in `group` still meet here. It is freed with this object, and
-            # unlike `new_group` it concerns nobody outside of `group`. Its name is new: ranks wrap
-            # models over a group in the same order.
-            serial = group.get_group_store().add(f"rtp_wrap/{self._rank}", 1)
-            self._store = dist.PrefixStore(f"rtp_wrap/{serial}", group.get_group_store())
-            self._host: Any = dist.ProcessGroupGloo(
-                self._store, self._rank, self._world_size, _timeout(group)
-            )
+            # that are out of step in `group` still meet here.
+            self._store, self._host = host_group(group)
             # The last comparison outlives `_host`, whose end joins its threads: if one of those let
             # go of tensors last, it would need the interpreter for it, which may be ending, and
             # that aborts the process. With a buffer made once no step leaves anything behind.
@@ -121,11 +115,3 @@ def _difference(accounts: list[_Account]) -> str:
     else:
         did = [occasion for occasion, _, _ in accounts]
     return ", ".join(f"rank {rank}: {what}" for rank, what in enumerate(did))
-
-
-def _timeout(group: dist.ProcessGroup) -> timedelta:
-    """The group's own timeout, so that nothing waits longer than the user allowed."""
-    kind = "cuda" if "nccl" in str(dist.get_backend_config(group)) else "cpu"
-    timeout = group._get_backend(torch.device(kind)).options._timeout
-    assert isinstance(timeout, timedelta)
-    return timeout

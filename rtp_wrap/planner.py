@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, get_args
 
@@ -34,13 +34,19 @@ from rtp_wrap.shard import local_shape
 from rtp_wrap.sites import Pair, Site, outside_uses_of, pairs_of, sites_of
 from rtp_wrap.trace import capture
 from rtp_wrap.traffic import Network, Traffic
-from rtp_wrap.transport import Staging
+from rtp_wrap.transport import Staging, likely, wanted
+from rtp_wrap.transport.peer import staging_for
 from rtp_wrap.verify import check_module, check_uses
 
-#: Default staging, bytes per rank: two tiles of 64 MiB in forward, four of 32 MiB in backward.
+#: Default staging of the ring, bytes per rank: two tiles of 64 MiB in forward, four of 32 MiB in
+#: backward.
 STAGING_BYTES = 128 << 20
+#: Default where tiles are pulled: five slots of 128 MiB, so that most layers need not be cut.
+PEER_STAGING_BYTES = 640 << 20
 #: Default with ``inplace=True``: two tiles of 8 MiB in forward, three of 5 in backward.
 INPLACE_STAGING_BYTES = 16 << 20
+
+_DEFAULTS = {"ring": STAGING_BYTES, "peer": PEER_STAGING_BYTES}
 
 _STRATEGIES: dict[str, Any] = {each.__name__: each for each in get_args(Strategy)}
 
@@ -107,6 +113,7 @@ class Plan:
     world_size: int
     parameters: tuple[PlannedParameter, ...]
     staging_bytes: int
+    transport: str
     inplace: bool
     mixed_precision: MixedPrecisionPolicy
     sites: tuple[Site, ...] | None = None
@@ -143,7 +150,12 @@ class Plan:
     def traffic(self, parameter: PlannedParameter, rank: int = 0) -> Traffic:
         """What ``rank`` sends for it in one forward and backward."""
         network = Network(
-            self.world_size, rank, self.staging_bytes, not self.inplace, self.mixed_precision
+            self.world_size,
+            rank,
+            self.staging_bytes,
+            self.transport,
+            not self.inplace,
+            self.mixed_precision,
         )
         total, shape, dtype = Traffic(), parameter.shape, parameter.dtype
         trained = parameter.requires_grad
@@ -188,6 +200,7 @@ class Plan:
             world_size=data["world_size"],
             parameters=tuple(_parameter_of(each) for each in data["parameters"]),
             staging_bytes=data["staging_bytes"],
+            transport=data["transport"],
             inplace=data["inplace"],
             mixed_precision=MixedPrecisionPolicy(
                 **{k: _dtype_of(v) for k, v in data["mixed_precision"].items()}
@@ -228,7 +241,8 @@ def plan(
     check_module(model)
     assignments = assign(model, policy)
     check_uses(assignments, world_size)
-    made = plan_of(assignments, world_size, policy, precision, inplace)
+    transports = likely(wanted(policy.transport), world_size)
+    made = plan_of(assignments, world_size, policy, precision, inplace, transports)
     return made if example_inputs is None else traced(made, model, example_inputs)
 
 
@@ -238,17 +252,28 @@ def plan_of(
     policy: ShardingPolicy,
     precision: MixedPrecisionPolicy,
     inplace: bool,
+    transports: Sequence[str],
 ) -> Plan:
     """The plan of parameters that have their strategies, without what a trace would tell.
 
-    Raises ``ValueError`` if the staging does not hold one kernel of every rotated weight.
+    It has the first of ``transports`` whose staging holds one kernel of every rotated weight; if
+    none does, ``ValueError``.
     """
     parameters = tuple(_planned(each) for each in assignments)
-    limit = policy.staging_bytes or (INPLACE_STAGING_BYTES if inplace else STAGING_BYTES)
+    for transport in transports:
+        default = INPLACE_STAGING_BYTES if inplace else _DEFAULTS[transport]
+        limit = policy.staging_bytes or default
+        try:
+            needed = _staging_bytes(parameters, world_size, precision, limit, transport)
+            break
+        except ValueError:
+            if transport == transports[-1]:
+                raise
     return Plan(
         world_size=world_size,
         parameters=parameters,
-        staging_bytes=_staging_bytes(parameters, world_size, precision, limit),
+        staging_bytes=needed,
+        transport=transport,
         inplace=inplace,
         mixed_precision=precision,
     )
@@ -363,15 +388,18 @@ def _staging_bytes(
     world_size: int,
     precision: MixedPrecisionPolicy,
     limit: int,
+    transport: str,
 ) -> int:
-    """The limit, or what the largest rotated layer can use if that is less."""
+    """The limit, or what the largest rotated layer can use if that is less.
+
+    Raises ``ValueError`` if a tile of one kernel does not fit.
+    """
     largest = 0
     for each in parameters:
         if isinstance(each.home, Rotate) and world_size > 1:
-            compute = precision.compute_dtype(each.dtype)
-            itemsize = max(compute.itemsize, precision.accumulator_dtype(each.dtype).itemsize)
+            itemsize = _widest(each, precision, transport)
             kernel = math.prod(each.shape[2:])
-            needed = Staging.size_for(kernel * itemsize)
+            needed = _staging_for(kernel * itemsize, world_size, transport)
             if needed > limit:
                 raise ValueError(
                     f"{each.fqn} of shape {each.shape} is cut into tiles of no less than one "
@@ -379,7 +407,22 @@ def _staging_bytes(
                     f"the policy has {limit}. Raise it, or Gather() this layer"
                 )
             largest = max(largest, math.prod(each.shard_shape(world_size)) * itemsize)
-    return min(limit, Staging.size_for(largest)) if largest else 0
+    return min(limit, _staging_for(largest, world_size, transport)) if largest else 0
+
+
+def _widest(each: PlannedParameter, precision: MixedPrecisionPolicy, transport: str) -> int:
+    """Bytes of an element in staging: peers sum what is pulled, a ring what travels."""
+    compute = precision.compute_dtype(each.dtype)
+    if transport == "peer":
+        return compute.itemsize
+    return max(compute.itemsize, precision.accumulator_dtype(each.dtype).itemsize)
+
+
+def _staging_for(tile_bytes: int, world_size: int, transport: str) -> int:
+    """The least staging in which tiles of this size are never cut."""
+    if transport == "peer":
+        return staging_for(tile_bytes, world_size)
+    return Staging.size_for(tile_bytes)
 
 
 def _plain(value: Any) -> Any:

@@ -86,13 +86,19 @@ class ShardingPolicy:
         where a rotated form exists, else gathered.
     ``staging_bytes``
         the memory for tiles in flight, in bytes per rank, all layers together; larger shards are
-        cut to fit. Default: 128 MiB, or 16 MiB with ``inplace=True``; never more than the largest
-        rotated layer can use.
+        cut to fit. Default: 640 MiB where tiles are pulled from peers, 128 MiB where they go round
+        a ring, or 16 MiB with ``inplace=True``; never more than the largest rotated layer can use.
+    ``transport``
+        ``"peer"``: tiles are pulled out of the memory of the rank that has them, by copy engines
+        between GPUs. ``"ring"``: they go from rank to rank, by the group's backend. ``"auto"``:
+        ``"peer"`` if every rank has a GPU of its own on one host and these can read each other's
+        memory, else ``"ring"``; the environment variable ``RTP_WRAP_TRANSPORT`` stands in for it.
     """
 
     rules: Rules = field(default_factory=dict)
     replicate_below: int = 16384
     staging_bytes: int | None = None
+    transport: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.rules, Mapping):
@@ -117,6 +123,10 @@ class ShardingPolicy:
         if self.staging_bytes is not None and self.staging_bytes < MIN_STAGING_BYTES:
             raise ValueError(
                 f"staging_bytes={self.staging_bytes}: at least {MIN_STAGING_BYTES} bytes are needed"
+            )
+        if self.transport not in TRANSPORTS:
+            raise ValueError(
+                f"transport={self.transport!r}: give one of {', '.join(map(repr, TRANSPORTS))}"
             )
         object.__setattr__(self, "rules", dict(self.rules))
 
@@ -194,3 +204,5 @@ class MixedPrecisionPolicy:
 
 #: Four slots of 256 bytes: anything larger works, and anything useful is far larger.
 MIN_STAGING_BYTES = 1024
+#: What can be asked for.
+TRANSPORTS = ("auto", "peer", "ring")

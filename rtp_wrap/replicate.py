@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.ring import Ring, resolve
+from rtp_wrap.shard import dtensor_like
 from rtp_wrap.written import WriteCheck
 
 #: Gradients are averaged in buffers of about this many bytes, to bound the copy.
@@ -82,9 +83,7 @@ class _AverageGradients(torch.autograd.Function):
                 parameter = ctx.parameters[index]
                 # In memory of its own: a DTensor with a storage offset has no deepcopy.
                 own = mean.to(parameter.dtype, copy=True).view(parameter.shape)
-                results[index] = DTensor.from_local(
-                    own, parameter.device_mesh, parameter.placements, run_check=False
-                )
+                results[index] = dtensor_like(own, parameter)
         return (None, None, None, *results)
 
 

@@ -25,7 +25,7 @@ from torch.optim.optimizer import (
 
 from rtp_wrap.lockstep import Lockstep
 from rtp_wrap.policy import MixedPrecisionPolicy
-from rtp_wrap.transport import PointToPoint, Staging
+from rtp_wrap.transport import PeerTransport, PointToPoint, Staging, open_memory
 
 _rings: WeakValueDictionary[str, Ring] = WeakValueDictionary()
 _serial = itertools.count()
@@ -51,17 +51,23 @@ def resolve(key: str) -> Ring:
 
 
 class Ring:
-    """The ranks of a 1-D ``mesh`` as a ring, with ``staging_bytes`` of memory for tiles.
+    """The ranks of a 1-D ``mesh`` as a ring.
 
     ``overlap=False`` makes hops take turns with the computation: less staging, no concurrency.
-    ``precision`` holds for every site of the wrapped model.
+    ``precision`` holds for every site of the wrapped model. Tiles can move once it was ``open``ed.
     """
+
+    #: How tiles move: as hops from rank to rank through ``staging``, or pulled by ``peers``.
+    staging: Staging
+    transport: PointToPoint
+    peers: PeerTransport | None = None
+    #: The memory for tiles in flight, by either.
+    staging_bytes: int = 0
 
     def __init__(
         self,
         mesh: DeviceMesh,
         device: torch.device,
-        staging_bytes: int,
         *,
         overlap: bool,
         precision: MixedPrecisionPolicy = _AS_GIVEN,
@@ -73,8 +79,6 @@ class Ring:
         self.world_size = self.group.size()
         self.device = device
         self.overlap = overlap
-        self.staging = Staging(staging_bytes, device)
-        self.transport = PointToPoint(self.group)
         self.lockstep = Lockstep(self.group)
         self.frames = Frames()
         # The weight last gathered for a backward: several saved views of it need one gather.
@@ -86,6 +90,22 @@ class Ring:
         self._stream: torch.cuda.Stream | None = None
         _rings[self.key] = self
         _watch_optimizers()
+
+    def open(self, transport: str, staging_bytes: int) -> None:
+        """Get memory for tiles, ``staging_bytes`` of it; all ranks call this together."""
+        self.staging_bytes = staging_bytes
+        if transport == "peer" and staging_bytes:
+            memory = open_memory(self.group, self.device, staging_bytes)
+            self.peers = PeerTransport(memory, staging_bytes, self.device, overlap=self.overlap)
+        else:
+            self.staging = Staging(staging_bytes, self.device)
+            self.transport = PointToPoint(self.group)
+        self.no_gradient = torch.empty(0, dtype=torch.float32, device=self.device)
+
+    @property
+    def gradient_stream(self) -> torch.cuda.Stream | None:
+        """Where gradients of rotated weights are finished, if not where the rest is computed."""
+        return None if self.peers is None else self.peers.gradient_stream
 
     def begin(self, event: str) -> None:
         """Every communicating operation starts here, with a line of its own for the lockstep.
@@ -99,11 +119,34 @@ class Ring:
         self.regathered = None
         if self.device.type == "cuda":
             self._follow_stream()
+        if self.peers is not None:
+            self.peers.begin()
 
     def interrupt(self, hops: int) -> None:
         """An exception left a rotation after ``hops`` hops."""
         self._interrupted = True
         self.lockstep.record(f"an exception after {hops} hops")
+        if self.peers is not None:
+            self.peers.settle()
+
+    def enter(self) -> None:
+        """An outermost forward begins, before which weights may have been written unseen."""
+        if self.peers is not None:
+            self.peers.stale = True
+
+    def saw(self, parameter: DTensor) -> None:
+        """An optimizer wrote it on the current stream."""
+        if self.peers is not None:
+            self.peers.stale = True
+            parameter._seen = versions_of(parameter)  # type: ignore[attr-defined]
+
+    def look(self, parameter: DTensor) -> None:
+        """Before tiles of it are published: find writes that are not an optimizer's."""
+        assert self.peers is not None
+        versions = versions_of(parameter)
+        if vars(parameter).get("_seen") != versions:
+            self.peers.stale = True
+            parameter._seen = versions  # type: ignore[attr-defined]
 
     def _follow_stream(self) -> None:
         """The staging is shared by all streams, so work that uses it must not overlap."""
@@ -122,6 +165,11 @@ class Ring:
 def register(parameter: torch.Tensor, ring: Ring) -> None:
     """Mark a parameter as one of the ring's, for the optimizers' hooks."""
     parameter._ring = ring.key  # type: ignore[attr-defined]
+
+
+def versions_of(parameter: DTensor) -> tuple[int, int]:
+    """In-place operations bump the version of the DTensor, direct ones that of its local tensor."""
+    return parameter._version, parameter._local_tensor._version
 
 
 def retire(parameter: torch.nn.Parameter, fqn: str) -> None:
@@ -163,6 +211,10 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         torch.autograd.graph.increment_version(written)
         # What autograd saved of a replicated parameter shares the version of its local tensor.
         torch.autograd.graph.increment_version([p._local_tensor for p in written])
+        for parameter in written:
+            ring = _rings.get(parameter._ring)
+            if ring is not None:
+                ring.saw(parameter)
 
 
 def _our_parameters(optimizer: Optimizer) -> Iterator[Any]:

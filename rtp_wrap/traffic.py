@@ -4,7 +4,8 @@ For ``N`` ranks, a weight of ``B`` bytes in the dtype that travels and a gradien
 the accumulators' dtype, a rank sends
 
     Rotate      forward (N-1)/N B; backward (N-1)/N B for dgrad and (N-1)/N G for wgrad, in as many
-                hops as the staging cuts a shard into, times N-1 each
+                hops as the staging cuts a shard into, times N-1 each. Where tiles are pulled, parts
+                of gradients travel in the dtype of the computation: (N-1)/N B for wgrad
     Gather      forward (N-1)/N B; backward (N-1)/N B again for dgrad and (N-1)/N G for wgrad: ring
                 all-gather and reduce-scatter, whose messages are the backend's
     Replicate   2 (N-1)/N G: ring all-reduce
@@ -23,6 +24,7 @@ from rtp_wrap.hops import backward_slots
 from rtp_wrap.policy import MixedPrecisionPolicy
 from rtp_wrap.shard import TileGrid, local_shape
 from rtp_wrap.transport import Staging
+from rtp_wrap.transport.peer import ALIGNMENT, slot_bytes
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Network:
     world_size: int
     rank: int
     staging_bytes: int
+    transport: str
     overlap: bool
     precision: MixedPrecisionPolicy
 
@@ -53,6 +56,8 @@ class Network:
         self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, dgrad: bool, wgrad: bool
     ) -> Traffic:
         compute = self.precision.compute_dtype(dtype)
+        if self.transport == "peer":
+            return self._pulled(shape, dim, compute, 1 + dgrad, wgrad)
         sums = self.precision.accumulator_dtype(dtype)
         total = self._lane(shape, dim, compute, self._cut(compute, 2), staying=self.rank - 1)
         if dgrad or wgrad:
@@ -64,6 +69,21 @@ class Network:
                 total += self._lane(shape, dim, compute, cut, staying=self.rank - 1)
             if wgrad:
                 total += self._lane(shape, dim, sums, cut, staying=self.rank)
+        return total
+
+    def _pulled(
+        self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, weights: int, wgrad: bool
+    ) -> Traffic:
+        """What others pull: this rank's tiles ``weights`` times, and its parts for their owners."""
+        room = slot_bytes(self.staging_bytes) // self.world_size // ALIGNMENT * ALIGNMENT
+        grid = TileGrid(shape, dim, self.world_size, room // dtype.itemsize)
+        total = Traffic()
+        for owner in range(self.world_size):
+            tiles = [grid.tile(owner, cell) for cell in grid.cells()] if self.world_size > 1 else []
+            times = weights * (self.world_size - 1) if owner == self.rank else int(wgrad)
+            numel = sum(math.prod(grid.tile_shape(tile)) for tile in tiles)
+            hops = sum(1 for tile in tiles if tile.numel)
+            total += Traffic(hops, numel * dtype.itemsize) * times
         return total
 
     def gather(

@@ -112,9 +112,16 @@ def device_of(mesh: DeviceMesh, assignments: list[Assignment]) -> torch.device:
 
 
 def check_same_everywhere(
-    module: nn.Module, assignments: list[Assignment], ring: Ring, param_init_fn: object
+    module: nn.Module,
+    assignments: list[Assignment],
+    ring: Ring,
+    staging: str,
+    param_init_fn: object,
 ) -> None:
-    """Ranks with another model or policy would hang or mix up weights; they get an error here."""
+    """Ranks with another model or policy would hang or mix up weights; they get an error here.
+
+    ``staging`` is what this rank wants for tiles in flight.
+    """
     for each in assignments:
         parameter = each.parameter
         uses = [f"{use.fqn} {use.strategy} {type(use.module).__name__}" for use in each.uses]
@@ -126,7 +133,7 @@ def check_same_everywhere(
         ring.lockstep.record(
             f"buffer {fqn} {tuple(buffer.shape)} {buffer.dtype} meta={buffer.is_meta}"
         )
-    ring.lockstep.record(f"staging of {ring.staging.nbytes} bytes, overlap={ring.overlap}")
+    ring.lockstep.record(f"{staging}, overlap={ring.overlap}")
     ring.lockstep.record(f"{ring.precision}")
     ring.lockstep.record(f"{'a' if param_init_fn is not None else 'no'} param_init_fn")
     ring.lockstep.verify("wrapping", "Wrap the same model with the same policy on every rank")

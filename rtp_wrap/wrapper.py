@@ -21,6 +21,7 @@ from rtp_wrap.planner import Plan, check_given, follow, plan_of
 from rtp_wrap.policy import Ignore, MixedPrecisionPolicy, Rules, ShardingPolicy, Strategy
 from rtp_wrap.ring import Ring
 from rtp_wrap.sites import Site
+from rtp_wrap.transport import candidates, wanted
 from rtp_wrap.verify import (
     check_init_fn,
     check_module,
@@ -119,21 +120,21 @@ class RotatedTensorParallel(nn.Module):
         rules, precision = ShardingPolicy.of(policy), MixedPrecisionPolicy.of(mixed_precision)
         mesh = mesh_of(group, mesh)
         if plan is None:
-            assignments = assign(module, rules)
-            plan = plan_of(assignments, mesh.size(), rules, precision, inplace)
+            assignments, transport = assign(module, rules), wanted(rules.transport)
         else:
             check_given(plan, mesh.size(), policy, mixed_precision, inplace)
-            assignments = follow(module, plan)
+            assignments, transport = follow(module, plan), plan.transport
+            inplace, precision = plan.inplace, plan.mixed_precision
         check_uses(assignments, mesh.size())
-        ring = Ring(
-            mesh,
-            device_of(mesh, assignments),
-            plan.staging_bytes,
-            overlap=not plan.inplace,
-            precision=plan.mixed_precision,
-        )
-        check_same_everywhere(module, assignments, ring, param_init_fn)
+        device = device_of(mesh, assignments)
+        ring = Ring(mesh, device, overlap=not inplace, precision=precision)
+        staging = f"staging of {(plan or rules).staging_bytes} bytes, transport={transport}"
+        check_same_everywhere(module, assignments, ring, staging, param_init_fn)
+        transports = candidates(transport, ring.group, device)
+        if plan is None:
+            plan = plan_of(assignments, mesh.size(), rules, precision, inplace, transports)
         check_initialisable(module, assignments, param_init_fn)
+        ring.open(plan.transport, plan.staging_bytes)
         settle_model(module, assignments, ring, param_init_fn)
         _adopt(module, assignments, ring)
         super().__init__()
@@ -165,7 +166,14 @@ class RotatedTensorParallel(nn.Module):
     @property
     def staging_bytes(self) -> int:
         """Memory for tiles in flight, in bytes on this rank: all layers' together, and constant."""
-        return self._ring.staging.nbytes
+        return self._ring.staging_bytes
+
+    @property
+    def transport(self) -> str:
+        """``"peer"`` or ``"ring"``: how tiles move. The staging of peers on GPUs is memory that
+        ``torch.cuda.memory_allocated()`` does not count.
+        """
+        return "ring" if self._ring.peers is None else "peer"
 
     def __getattr__(self, name: str) -> Any:
         try:

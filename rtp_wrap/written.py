@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.ring import Ring, register
+from rtp_wrap.ring import Ring, register, versions_of
 
 
 class WriteCheck:
     """Remembers the versions of a parameter; ``check`` raises if it was written since.
 
-    In-place operations bump the version of the DTensor, direct ones that of its local tensor, and
-    optimizer steps are counted by the ring's hooks, for which the parameter is marked anew here: a
-    mark does not survive ``deepcopy``, ``.to()`` or ``.half()``.
+    Optimizer steps, which bump no version, are counted by the ring's hooks, for which the parameter
+    is marked anew here: a mark does not survive ``deepcopy``, ``.to()`` or ``.half()``.
     """
 
     __slots__ = ("_fqn", "_parameter", "_versions")
@@ -20,15 +19,12 @@ class WriteCheck:
     def __init__(self, parameter: DTensor, fqn: str, ring: Ring) -> None:
         register(parameter, ring)
         self._parameter, self._fqn = parameter, fqn
-        self._versions = self._now()
+        self._versions = versions_of(parameter)
 
     def check(self) -> None:
-        if self._now() != self._versions:
+        if versions_of(self._parameter) != self._versions:
             raise RuntimeError(
                 f"{self._fqn} was written (by an optimizer step, load_state_dict or an in-place "
                 f"operation) between a forward and its backward, so its gradients would belong to "
                 f"no model; run backward before the write, or the forward again after it"
             )
-
-    def _now(self) -> tuple[int, int]:
-        return self._parameter._version, self._parameter._local_tensor._version

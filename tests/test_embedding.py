@@ -287,6 +287,8 @@ def _check_drawn(
     batch: tuple[int, int],
     **wrap: Any,
 ) -> None:
+    # For no ids at all torch's own dense gradient launches a kernel on nothing, an error on CUDA.
+    options["scale_grad_by_freq"] &= batch[0] > 0
     if bag:
         options["scale_grad_by_freq"] &= mode != "max" and dist.get_world_size() > 1
         layer: nn.Module = nn.EmbeddingBag(*shape, mode=mode, **options)

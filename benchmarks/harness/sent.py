@@ -45,7 +45,7 @@ def per_step(trial: Trial, ranks: int) -> int:
         return _fsdp2(trial, model, ranks)
     if trial.strategy == "tp":
         return _tensor_parallel(trial, ranks)
-    if trial.strategy in ("rtp", "rtp-inplace"):
+    if trial.strategy in ("rtp", "rtp-ring", "rtp-inplace"):
         return _rtp(trial, model, ranks)
     raise ValueError(f"no formula for {trial.strategy!r}; there are {', '.join(STRATEGIES)}")
 
@@ -77,7 +77,8 @@ def _tensor_parallel(trial: Trial, ranks: int) -> int:
 
 def _rtp(trial: Trial, model: nn.Module, ranks: int) -> int:
     inplace = trial.strategy == "rtp-inplace"
-    planned = plan(model, world_size=ranks, inplace=inplace, **rtp_options(trial.setting))
+    options = rtp_options(trial.setting, "ring" if trial.strategy == "rtp-ring" else "auto")
+    planned = plan(model, world_size=ranks, inplace=inplace, **options)
     sent = planned.total_traffic().nbytes
     if trial.setting.checkpointing:
         again = [

@@ -142,22 +142,26 @@ def _tensor_parallel(model: nn.Module, setting: Setting, device: torch.device) -
 
 
 def _rtp(
-    model: nn.Module, setting: Setting, device: torch.device, inplace: bool = False
+    model: nn.Module,
+    setting: Setting,
+    device: torch.device,
+    inplace: bool = False,
+    transport: str = "auto",
 ) -> nn.Module:
     names = {module: fqn for fqn, module in model.named_modules()}
     return RotatedTensorParallel(
         model,
         inplace=inplace,
         param_init_fn=lambda module: initialise(module, names[module]),
-        **rtp_options(setting),
+        **rtp_options(setting, transport),
     )
 
 
-def rtp_options(setting: Setting) -> dict[str, Any]:
+def rtp_options(setting: Setting, transport: str = "auto") -> dict[str, Any]:
     """What ``RotatedTensorParallel`` and ``rtp_wrap.plan`` are told of ``setting``."""
-    policy, precision = ShardingPolicy(), MixedPrecisionPolicy()
-    if setting.staging_mib is not None:
-        policy = ShardingPolicy(staging_bytes=setting.staging_mib << 20)
+    staging = None if setting.staging_mib is None else setting.staging_mib << 20
+    policy = ShardingPolicy(staging_bytes=staging, transport=transport)
+    precision = MixedPrecisionPolicy()
     if setting.mixed:
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return {"policy": policy, "mixed_precision": precision}
@@ -170,6 +174,7 @@ _ALL = (
     Strategy("fsdp", "FSDP2 per block", _fsdp2),
     Strategy("tp", "DTensor TP + SP", _tensor_parallel, shares_batch=True, autocast=True),
     Strategy("rtp", "rtp_wrap", _rtp),
+    Strategy("rtp-ring", "rtp_wrap, by hops", functools.partial(_rtp, transport="ring")),
     Strategy("rtp-inplace", "rtp_wrap, in place", functools.partial(_rtp, inplace=True)),
 )
 STRATEGIES = {strategy.name: strategy for strategy in _ALL}

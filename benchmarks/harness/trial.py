@@ -85,13 +85,18 @@ def _train(trial: Trial, device: torch.device, memory: Memory) -> Outcome:
     whose = range(dist.get_world_size()) if strategy.shares_batch else [dist.get_rank()]
     generators = [torch.Generator().manual_seed(rank) for rank in whose]
     size = (trial.batch_size, trial.seq_len + 1)
+    # All at first: a copy from the host would wait for the steps before.
+    batches = [
+        torch.cat([torch.randint(spec.vocab, size, generator=each) for each in generators])
+        for _ in range(trial.warmup + trial.steps)
+    ]
+    batches = [each.to(device) for each in batches]
     ticks = [_tick(device)]
     losses = []
     for step in range(trial.warmup + trial.steps):
         if step == trial.warmup and not trial.from_start:
             memory.restart()
-        drawn = [torch.randint(spec.vocab, size, generator=each) for each in generators]
-        tokens = torch.cat(drawn).to(device)
+        tokens = batches[step]
         with strategy.forward(trial.setting, device):
             logits = model(tokens[:, :-1])
         with strategy.loss():
@@ -103,6 +108,11 @@ def _train(trial: Trial, device: torch.device, memory: Memory) -> Outcome:
         ticks.append(_tick(device))
         del logits, loss  # what a plain training loop keeps of them, too, is gone by the next step
     allocated, reserved = memory.peak()
+    if device.type == "cuda" and getattr(model, "transport", None) == "peer":
+        # Symmetric memory, which is not of torch's allocator.
+        staging = model.staging_bytes
+        assert isinstance(staging, int)
+        allocated, reserved = allocated + staging, reserved + staging
     return Outcome(
         seconds=_intervals(ticks)[trial.warmup :],
         losses=tuple(loss.item() for loss in losses),

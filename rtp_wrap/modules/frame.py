@@ -54,9 +54,11 @@ class Frame:
         self._joined = bool(stack) and stack[-1]._module is self._module
         if not self._joined:
             self._around = hooks_in_force()
-            sites = self._adoption.ring.sites
-            if sites is not None and self._adoption.strategies:
-                sites.append(self._adoption.fqn)
+            ring = self._adoption.ring
+            if ring.sites is not None and self._adoption.strategies:
+                ring.sites.append(self._adoption.fqn)
+            if not stack and torch._C._current_graph_task_id() == -1:
+                ring.enter()
         stack.append(stack[-1] if self._joined else self)
 
     def __exit__(

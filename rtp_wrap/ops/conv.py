@@ -40,7 +40,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
-from rtp_wrap.ops.rotate import add_scaled, in_layers_dtype, rotate_backward, rotate_forward
+from rtp_wrap.ops.gradient import RotatingWeight, rotating
+from rtp_wrap.ops.products import add_scaled
+from rtp_wrap.ops.rotate import in_layers_dtype, rotate_backward, rotate_forward, without_autocast
 from rtp_wrap.ring import Ring, resolve
 from rtp_wrap.shard import Tile
 from rtp_wrap.written import WriteCheck
@@ -89,7 +91,8 @@ def rotated_conv(
     (x,) = in_layers_dtype(resolve(ring), fqn, weight, [x])
     bias = None if bias is None else bias.to(x.dtype)
     batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
-    y: torch.Tensor = _RotatedConv.apply(weight, bias, batched, ring, fqn, layout)
+    token, use = rotating(weight, resolve(ring))
+    y: torch.Tensor = _RotatedConv.apply(token, bias, batched, use, resolve(ring), fqn, layout)
     return y if batched is x else y.squeeze(0)
 
 
@@ -120,21 +123,22 @@ class _RotatedConv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        weight: DTensor,
+        token: torch.Tensor | None,
         bias: torch.Tensor | None,
         x: torch.Tensor,
-        key: str,
+        use: RotatingWeight,
+        ring: Ring,
         fqn: str,
         layout: _Layout,
     ) -> torch.Tensor:
-        ring = resolve(key)
+        weight = use.weight
         ctx.save_for_backward(*((x,) if ctx.needs_input_grad[0] else ()))
         ctx.shape, ctx.memory_format = x.shape, _memory_format(x)
         # Not saved: the home shard is the parameter's own memory, and a change of it between
         # forward and backward is found by its versions, with an error that names the layer.
-        ctx.weight, ctx.written = weight, WriteCheck(weight, fqn, ring)
+        ctx.use, ctx.written = use, WriteCheck(weight, fqn, ring)
         ctx.ring, ctx.fqn, ctx.layout = ring, fqn, layout
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return _forward(ring, fqn, layout, x, weight, bias)
 
     @staticmethod
@@ -144,10 +148,10 @@ class _RotatedConv(torch.autograd.Function):
         needs_dw, needs_db, needs_dx = ctx.needs_input_grad[:3]
         (x,) = ctx.saved_tensors if needs_dw else (None,)
         dx = _empty(ctx.shape, dy, ctx.memory_format) if needs_dx else None
-        with torch.autocast(dy.device.type, enabled=False):
-            dw = _backward(ctx.ring, ctx.fqn, ctx.layout, x, dy, dx, ctx.weight)
+        with without_autocast(dy.device.type):
+            dw = _backward(ctx.ring, ctx.fqn, ctx.layout, x, dy, dx, ctx.use.weight)
             db = dy.sum([0, *range(2, dy.dim())]) if needs_db else None
-        return dw, db, dx, None, None, None
+        return ctx.use.put(dw), db, dx, None, None, None, None
 
 
 def _forward(

@@ -31,7 +31,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
-from rtp_wrap.ops.rotate import add_scaled, rotate_backward, rotate_forward
+from rtp_wrap.ops.gradient import RotatingWeight, rotating
+from rtp_wrap.ops.products import add_scaled
+from rtp_wrap.ops.rotate import rotate_backward, rotate_forward, without_autocast
 from rtp_wrap.ring import Ring, resolve
 from rtp_wrap.shard import Tile
 from rtp_wrap.written import WriteCheck
@@ -58,8 +60,9 @@ def rotated_embedding(
     device or out of range, before any communication; on CUDA the range is asserted by the device.
     """
     _check(ids, weight, fqn)
+    token, use = rotating(weight, resolve(ring))
     y: torch.Tensor = _RotatedEmbedding.apply(
-        weight, ids, ring, fqn, padding_idx, scale_grad_by_freq
+        token, ids, use, resolve(ring), fqn, padding_idx, scale_grad_by_freq
     )
     return y
 
@@ -87,20 +90,21 @@ class _RotatedEmbedding(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        weight: DTensor,
+        token: torch.Tensor | None,
         ids: torch.Tensor,
-        key: str,
+        use: RotatingWeight,
+        ring: Ring,
         fqn: str,
         padding_idx: int | None,
         scale_grad_by_freq: bool,
     ) -> torch.Tensor:
-        ring = resolve(key)
+        weight = use.weight
         ctx.save_for_backward(ids)
         # Not saved, as for every rotated layer: see `linear`.
-        ctx.weight, ctx.written = weight, WriteCheck(weight, fqn, ring)
+        ctx.use, ctx.written = use, WriteCheck(weight, fqn, ring)
         ctx.ring, ctx.fqn = ring, fqn
         ctx.padding_idx, ctx.scale_grad_by_freq = padding_idx, scale_grad_by_freq
-        with torch.autocast(ids.device.type, enabled=False):
+        with without_autocast(ids.device.type):
             y = _forward(ring, fqn, ids.reshape(-1), weight)
         return y.view(*ids.shape, y.shape[-1])
 
@@ -109,17 +113,17 @@ class _RotatedEmbedding(torch.autograd.Function):
         refuse_double_backward(ctx.fqn)
         ctx.written.check()
         (ids,) = ctx.saved_tensors
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device.type):
             dw = _backward(
                 ctx.ring,
                 ctx.fqn,
                 ids.reshape(-1),
                 dy.reshape(-1, dy.shape[-1]),
-                ctx.weight,
+                ctx.use.weight,
                 ctx.padding_idx,
                 ctx.scale_grad_by_freq,
             )
-        return dw, None, None, None, None, None
+        return ctx.use.put(dw), None, None, None, None, None, None
 
 
 def _forward(ring: Ring, fqn: str, ids: torch.Tensor, weight: DTensor) -> torch.Tensor:

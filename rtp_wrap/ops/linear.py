@@ -35,7 +35,9 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
-from rtp_wrap.ops.rotate import add_scaled, in_layers_dtype, rotate_backward, rotate_forward
+from rtp_wrap.ops.gradient import RotatingWeight, rotating
+from rtp_wrap.ops.products import add_scaled
+from rtp_wrap.ops.rotate import in_layers_dtype, rotate_backward, rotate_forward, without_autocast
 from rtp_wrap.ring import Ring, resolve
 from rtp_wrap.shard import Tile
 from rtp_wrap.written import WriteCheck
@@ -100,10 +102,12 @@ def _rotated(
                 f"{fqn}: input of shape {tuple(x.shape)} does not end in the layer's {features} "
                 f"input features"
             )
-    xs = in_layers_dtype(resolve(key), fqn, weight, xs)
+    ring = resolve(key)
+    xs = in_layers_dtype(ring, fqn, weight, xs)
     bias = None if bias is None else bias.to(xs[0].dtype)
+    token, use = rotating(weight, ring)
     ys: tuple[torch.Tensor, ...] = _RotatedLinear.apply(
-        weight, bias, key, fqn, transposed, sizes, *xs
+        token, bias, use, ring, fqn, transposed, sizes, *xs
     )
     return ys
 
@@ -112,22 +116,23 @@ class _RotatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        weight: DTensor,
+        token: torch.Tensor | None,
         bias: torch.Tensor | None,
-        key: str,
+        use: RotatingWeight,
+        ring: Ring,
         fqn: str,
         transposed: bool,
         sizes: Sequence[int],
         *xs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        ring = resolve(key)
+        weight = use.weight
         ctx.save_for_backward(*(xs if ctx.needs_input_grad[0] else ()))
         ctx.shapes = [x.shape for x in xs]
         # Not saved: the home shard is the parameter's own memory, and a change of it between
         # forward and backward is found by its versions, with an error that names the layer.
-        ctx.weight, ctx.written = weight, WriteCheck(weight, fqn, ring)
+        ctx.use, ctx.written = use, WriteCheck(weight, fqn, ring)
         ctx.ring, ctx.fqn, ctx.layout = ring, fqn, _Layout(transposed, sizes)
-        with torch.autocast(xs[0].device.type, enabled=False):
+        with without_autocast(xs[0].device.type):
             ys = _forward(ring, fqn, ctx.layout, [_flat(x) for x in xs], weight, bias)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for x, y in zip(xs, ys, strict=True))
 
@@ -138,15 +143,16 @@ class _RotatedLinear(torch.autograd.Function):
         needs_dw, needs_db = ctx.needs_input_grad[:2]
         flat = [_flat(dy) for dy in dys]  # [T, O]
         xs = [_flat(x) for x in ctx.saved_tensors] if needs_dw else None  # [T, I]
-        needs_dx = list(ctx.needs_input_grad[6:])
-        with torch.autocast(dys[0].device.type, enabled=False):
-            dxs, dw = _backward(ctx.ring, ctx.fqn, ctx.layout, xs, flat, ctx.weight, needs_dx)
+        needs_dx = list(ctx.needs_input_grad[7:])
+        weight = ctx.use.weight
+        with without_autocast(dys[0].device.type):
+            dxs, dw = _backward(ctx.ring, ctx.fqn, ctx.layout, xs, flat, weight, needs_dx)
             db = torch.cat([dy.sum(0) for dy in flat]) if needs_db else None
         shaped = [
             None if dx is None else dx.view(shape)
             for dx, shape in zip(dxs, ctx.shapes, strict=True)
         ]
-        return dw, db, None, None, None, None, *shaped
+        return ctx.use.put(dw), db, None, None, None, None, None, *shaped
 
 
 class _Layout:
@@ -155,6 +161,7 @@ class _Layout:
     def __init__(self, transposed: bool, sizes: Sequence[int]) -> None:
         self.transposed = transposed
         self.sizes = list(sizes)
+        self.is_one = len(self.sizes) == 1
         self._starts = [sum(self.sizes[:index]) for index in range(len(self.sizes))]
 
     def features(self, tile: Tile) -> tuple[slice, slice]:
@@ -193,6 +200,9 @@ def _forward(
     begun: set[tuple[int, int]] = set()  # (section, its output) from where a sum is there already
 
     def product(tile: Tile, values: torch.Tensor) -> None:
+        if layout.is_one and tile.shape == weight.shape:
+            _add_product(bias, xs[0], layout.matrix(values).t(), out=ys[0])
+            return
         outs, ins = layout.features(tile)
         matrix = layout.matrix(values)
         for index, section, part in layout.sections(outs):
@@ -224,6 +234,10 @@ def _backward(
     begun: set[tuple[int, int]] = set()  # (section, input) from where a part of dx is a sum already
 
     def dgrad(tile: Tile, values: torch.Tensor) -> None:
+        if layout.is_one and tile.shape == weight.shape:
+            assert dxs[0] is not None
+            _add_product(None, dys[0], layout.matrix(values), out=dxs[0])
+            return
         outs, ins = layout.features(tile)
         matrix = layout.matrix(values)
         for index, section, part in layout.sections(outs):
@@ -236,6 +250,10 @@ def _backward(
 
     def wgrad(tile: Tile, start: torch.Tensor | None, out: torch.Tensor, scale: float) -> None:
         assert xs is not None
+        if layout.is_one and tile.shape == weight.shape:
+            a, b = (xs[0], dys[0]) if layout.transposed else (dys[0], xs[0])
+            _add_product(start, a.t(), b, out=out, scale=scale)
+            return
         outs, ins = layout.features(tile)
         for index, section, part in layout.sections(outs):
             dy, x = dys[index][:, section], xs[index][:, ins]

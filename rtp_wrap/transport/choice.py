@@ -1,0 +1,153 @@
+"""Which transport the ranks of a group use, agreed between all of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rtp_wrap.policy import TRANSPORTS
+from rtp_wrap.transport.peer import PeerMemory
+from rtp_wrap.transport.shared import SharedMemory
+from rtp_wrap.transport.symmetric import SymmetricMemory, driver
+
+log = logging.getLogger("rtp_wrap")
+
+#: Stands in for ``"auto"``, for a program whose source should stay as it is.
+VARIABLE = "RTP_WRAP_TRANSPORT"
+#: Sequences of barriers: of weights and of gradients.
+LANES = 2
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """Of one rank: where it is, and what its device can read."""
+
+    host: str
+    device: str
+    reads: frozenset[str]
+    lacks: str
+
+
+def wanted(transport: str) -> str:
+    """The policy's transport, or what the environment says in the place of ``"auto"``."""
+    if transport == "auto":
+        transport = os.environ.get(VARIABLE) or "auto"
+    if transport not in TRANSPORTS:
+        raise ValueError(
+            f"{VARIABLE}={transport!r}: give one of {', '.join(map(repr, TRANSPORTS))}"
+        )
+    return transport
+
+
+def candidates(transport: str, group: dist.ProcessGroup, device: torch.device) -> tuple[str, ...]:
+    """The transports that ``group`` can use for what is ``wanted``, the best first.
+
+    All ranks call this together, and get the same. ``"auto"`` is ``"peer"`` where every rank has a
+    GPU of its own, on one host, that can read those of all others. Raises ``ValueError`` on every
+    rank if ``"peer"`` is wanted where it cannot be.
+    """
+    if group.size() == 1 or transport == "ring":
+        return ("ring",)
+    obstacle = _obstacle(_exchanged(_facts(device), group), on_gpus=device.type == "cuda")
+    if transport == "peer":
+        if obstacle:
+            raise ValueError(f"transport='peer' cannot be used: {obstacle}; use 'auto'")
+        return ("peer",)
+    if obstacle and group.rank() == 0:
+        log.info("transport 'ring', not 'peer': %s", obstacle)
+    return ("ring",) if obstacle or device.type != "cuda" else ("peer", "ring")
+
+
+def likely(transport: str, world_size: int) -> tuple[str, ...]:
+    """What ``candidates`` would say if the ranks were on this host, one for each GPU."""
+    if world_size == 1 or transport == "ring":
+        return ("ring",)
+    if transport == "peer":
+        return ("peer",)
+    gpus = range(world_size if torch.cuda.device_count() >= world_size else 0)
+    reads = [torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b]
+    return ("peer", "ring") if reads and all(reads) else ("ring",)
+
+
+def open_memory(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> PeerMemory:
+    """Memory of every rank that all of them can read; all ranks call this together.
+
+    Raises ``RuntimeError`` on every rank if one of them does not get it.
+    """
+    kind = SymmetricMemory if device.type == "cuda" else SharedMemory
+    memory: SymmetricMemory | SharedMemory | None = None
+    for step in ("allocate", "map"):
+        failure = ""
+        try:
+            if memory is None:
+                memory = kind(group, device, nbytes, LANES)
+            else:
+                memory.meet(group)
+        except (RuntimeError, OSError) as error:
+            failure = f"{type(error).__name__}: {error}"
+        failures = [f"rank {r}: {f}" for r, f in enumerate(_exchanged(failure, group)) if f]
+        if failures:
+            raise RuntimeError(
+                f"could not {step} {nbytes} bytes of staging that all ranks can read "
+                f"({'; '.join(failures)}): lower staging_bytes, or use transport='ring'"
+            )
+    assert memory is not None
+    return memory
+
+
+def _facts(device: torch.device) -> _Facts:
+    host = f"{socket.gethostname()} {_boot()}"
+    if device.type != "cuda":
+        return _Facts(host, f"process {os.getpid()}", frozenset(), "")
+    devices = range(torch.cuda.device_count())
+    uuids = {each: str(torch.cuda.get_device_properties(each).uuid) for each in devices}
+    reads = frozenset(
+        uuids[each]
+        for each in devices
+        if each != device.index and torch.cuda.can_device_access_peer(device.index, each)
+    )
+    return _Facts(host, uuids[device.index], reads, _lacking())
+
+
+def _boot() -> str:
+    """Tells hosts of equal names from each other, as containers often are."""
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else platform.node()
+
+
+def _lacking() -> str:
+    try:
+        driver()
+    except (OSError, AttributeError) as error:
+        return f"the CUDA driver has no stream memory operations ({error})"
+    return ""
+
+
+def _obstacle(facts: Sequence[_Facts], on_gpus: bool) -> str:
+    """Why ranks cannot read each other's memory; empty if they can."""
+    if len({each.host for each in facts}) > 1:
+        return "the ranks are on several hosts"
+    for rank, each in enumerate(facts):
+        if each.lacks:
+            return f"rank {rank}: {each.lacks}"
+        others = {other.device for at, other in enumerate(facts) if at != rank}
+        if each.device in others:
+            return f"rank {rank} shares its GPU with another rank"
+        if on_gpus and not others <= each.reads:
+            return f"the GPU of rank {rank} cannot read those of all others, or does not see them"
+    return ""
+
+
+def _exchanged(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    gathered: list[Any] = [None] * group.size()
+    dist.all_gather_object(gathered, mine, group=group)
+    return gathered

@@ -1,0 +1,62 @@
+"""Memory of one process that the other processes of a host read: what peers are on CPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from rtp_wrap.host_group import host_group
+from rtp_wrap.transport.peer import PeerError
+
+_DIRECTORY = Path("/dev/shm")
+
+
+class SharedMemory:
+    """``nbytes`` of each process of ``group``, in a file that has no name any more.
+
+    The same interface as ``SymmetricMemory``; work is done at once, so barriers block the host.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, device: torch.device, nbytes: int, lanes: int
+    ) -> None:
+        self.rank, self.world_size = group.rank(), group.size()
+        self._nbytes = nbytes
+        self._store, self._host = host_group(group)
+        directory = _DIRECTORY if _DIRECTORY.is_dir() else None
+        handle, name = tempfile.mkstemp(prefix="rtp-", dir=directory)
+        os.close(handle)
+        self._path = Path(name)
+        self._own = _mapped(name, nbytes)
+
+    def meet(self, group: dist.ProcessGroup) -> None:
+        """Open the memory of all ranks. All ranks call this together."""
+        try:
+            self._store.set(f"memory-{self.rank}", str(self._path))
+            names = [self._store.get(f"memory-{rank}") for rank in range(self.world_size)]
+            self._all = [_mapped(name.decode(), self._nbytes) for name in names]
+            self._all[self.rank] = self._own
+            self._host.barrier().wait()
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                self._path.unlink()
+
+    def of(self, owner: int) -> torch.Tensor:
+        """The memory of rank ``owner``, 1-D uint8."""
+        return self._all[owner]
+
+    def barrier(self, lane: int, flag: int) -> None:
+        """Go on when every rank has come here. ``PeerError`` after the group's timeout."""
+        try:
+            self._host.barrier().wait()
+        except RuntimeError as error:
+            raise PeerError(str(error)) from error
+
+
+def _mapped(name: str, nbytes: int) -> torch.Tensor:
+    return torch.from_file(name, shared=True, size=nbytes, dtype=torch.uint8, device="cpu")
