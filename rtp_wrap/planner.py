@@ -35,7 +35,7 @@ from rtp_wrap.sites import Pair, Site, outside_uses_of, pairs_of, sites_of
 from rtp_wrap.trace import capture
 from rtp_wrap.traffic import Network, Traffic
 from rtp_wrap.transport import Staging, likely, wanted
-from rtp_wrap.transport.peer import staging_for
+from rtp_wrap.transport.cells import staging_for
 from rtp_wrap.verify import check_module, check_uses
 
 #: Default staging of the ring, bytes per rank: two tiles of 64 MiB in forward, four of 32 MiB in

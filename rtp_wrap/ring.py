@@ -119,8 +119,6 @@ class Ring:
         self.regathered = None
         if self.device.type == "cuda":
             self._follow_stream()
-        if self.peers is not None:
-            self.peers.begin()
 
     def interrupt(self, hops: int) -> None:
         """An exception left a rotation after ``hops`` hops."""
@@ -129,24 +127,10 @@ class Ring:
         if self.peers is not None:
             self.peers.settle()
 
-    def enter(self) -> None:
-        """An outermost forward begins, before which weights may have been written unseen."""
+    def begin_forward(self) -> None:
+        """An outermost forward begins."""
         if self.peers is not None:
-            self.peers.stale = True
-
-    def saw(self, parameter: DTensor) -> None:
-        """An optimizer wrote it on the current stream."""
-        if self.peers is not None:
-            self.peers.stale = True
-            parameter._seen = versions_of(parameter)  # type: ignore[attr-defined]
-
-    def look(self, parameter: DTensor) -> None:
-        """Before tiles of it are published: find writes that are not an optimizer's."""
-        assert self.peers is not None
-        versions = versions_of(parameter)
-        if vars(parameter).get("_seen") != versions:
-            self.peers.stale = True
-            parameter._seen = versions  # type: ignore[attr-defined]
+            self.peers.begin_forward()
 
     def _follow_stream(self) -> None:
         """The staging is shared by all streams, so work that uses it must not overlap."""
@@ -165,11 +149,6 @@ class Ring:
 def register(parameter: torch.Tensor, ring: Ring) -> None:
     """Mark a parameter as one of the ring's, for the optimizers' hooks."""
     parameter._ring = ring.key  # type: ignore[attr-defined]
-
-
-def versions_of(parameter: DTensor) -> tuple[int, int]:
-    """In-place operations bump the version of the DTensor, direct ones that of its local tensor."""
-    return parameter._version, parameter._local_tensor._version
 
 
 def retire(parameter: torch.nn.Parameter, fqn: str) -> None:
@@ -211,10 +190,6 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         torch.autograd.graph.increment_version(written)
         # What autograd saved of a replicated parameter shares the version of its local tensor.
         torch.autograd.graph.increment_version([p._local_tensor for p in written])
-        for parameter in written:
-            ring = _rings.get(parameter._ring)
-            if ring is not None:
-                ring.saw(parameter)
 
 
 def _our_parameters(optimizer: Optimizer) -> Iterator[Any]:

@@ -24,7 +24,7 @@ from rtp_wrap.hops import backward_slots
 from rtp_wrap.policy import MixedPrecisionPolicy
 from rtp_wrap.shard import TileGrid, local_shape
 from rtp_wrap.transport import Staging
-from rtp_wrap.transport.peer import ALIGNMENT, slot_bytes
+from rtp_wrap.transport.cells import cut
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ class Network:
         self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, weights: int, wgrad: bool
     ) -> Traffic:
         """What others pull: this rank's tiles ``weights`` times, and its parts for their owners."""
-        room = slot_bytes(self.staging_bytes) // self.world_size // ALIGNMENT * ALIGNMENT
-        grid = TileGrid(shape, dim, self.world_size, room // dtype.itemsize)
+        grid = cut(shape, dim, self.world_size, dtype, self.staging_bytes)
         total = Traffic()
         for owner in range(self.world_size):
             tiles = [grid.tile(owner, cell) for cell in grid.cells()] if self.world_size > 1 else []

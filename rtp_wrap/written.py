@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.ring import Ring, register, versions_of
+from rtp_wrap.ring import Ring, register
+from rtp_wrap.versions import versions_of
 
 
 class WriteCheck:

@@ -58,7 +58,7 @@ class Frame:
             if ring.sites is not None and self._adoption.strategies:
                 ring.sites.append(self._adoption.fqn)
             if not stack and torch._C._current_graph_task_id() == -1:
-                ring.enter()
+                ring.begin_forward()
         stack.append(stack[-1] if self._joined else self)
 
     def __exit__(

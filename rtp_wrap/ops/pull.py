@@ -13,17 +13,18 @@ from torch.distributed.tensor import DTensor, Shard
 
 from rtp_wrap.ops.products import Product, WeightGradient
 from rtp_wrap.ring import Ring
-from rtp_wrap.transport.peer import Cell, PeerError, PeerTransport
+from rtp_wrap.transport.cells import Cell, PeerError
+from rtp_wrap.transport.foresight import Visit
+from rtp_wrap.transport.peer import PeerTransport
 
 
 def forward(ring: Ring, fqn: str, weight: DTensor, dtype: torch.dtype, product: Product) -> None:
     """``rotate_forward``."""
-    home = weight._local_tensor
-    with _Pulls(ring, weight, f"{fqn} forward") as pulls:
-        for cell in pulls.cells(dtype):
-            for tile, values in pulls.peers.pull(home, cell):
+    with _Pulls(ring, f"{fqn} forward") as peers:
+        visit = Visit(f"{fqn} forward", weight, _cells(peers, weight, dtype))
+        for index in range(len(visit.cells)):
+            for tile, values in peers.pull(visit, index):
                 product(tile, values)
-            pulls.peers.release()
 
 
 def backward(
@@ -38,14 +39,13 @@ def backward(
     home = weight._local_tensor
     sums = ring.precision.accumulator_dtype(weight.dtype)
     event = f"{fqn} backward ({'dx' if dgrad else ''} {'dw' if wgrad else ''})"
-    with _Pulls(ring, weight, event) as pulls:
-        peers = pulls.peers
+    with _Pulls(ring, event) as peers:
         dw = peers.gradient(home) if wgrad else None
-        for cell in pulls.cells(dtype):
+        visit = Visit(event, weight, _cells(peers, weight, dtype))
+        for index, cell in enumerate(visit.cells):
             if dgrad is not None:
-                for tile, values in peers.pull(home, cell):
+                for tile, values in peers.pull(visit, index):
                     dgrad(tile, values)
-                peers.release()
             if wgrad is not None and dw is not None:
                 for tile, part in peers.parts(cell):
                     wgrad(tile, None, part, 1.0)
@@ -56,16 +56,15 @@ def backward(
 class _Pulls:
     """All pulls of one site in one direction of the pass; a context manager."""
 
-    def __init__(self, ring: Ring, weight: DTensor, event: str) -> None:
+    def __init__(self, ring: Ring, event: str) -> None:
         assert ring.peers is not None
-        self.peers: PeerTransport = ring.peers
-        self._ring, self._weight, self._event = ring, weight, event
-        self._begun = self.peers.barriers
+        self._peers: PeerTransport = ring.peers
+        self._ring, self._event = ring, event
+        self._begun = self._peers.barriers
 
-    def __enter__(self) -> _Pulls:
+    def __enter__(self) -> PeerTransport:
         self._ring.begin(self._event)
-        self._ring.look(self._weight)
-        return self
+        return self._peers
 
     def __exit__(
         self,
@@ -75,7 +74,7 @@ class _Pulls:
     ) -> None:
         if kind is None:
             return
-        done = self.peers.barriers - self._begun
+        done = self._peers.barriers - self._begun
         self._ring.interrupt(done)
         if isinstance(error, PeerError):
             raise RuntimeError(
@@ -83,7 +82,8 @@ class _Pulls:
                 f"has raised, died, or runs another layer; see its own error first"
             ) from error
 
-    def cells(self, dtype: torch.dtype) -> list[Cell]:
-        (placement,) = self._weight.placements
-        assert isinstance(placement, Shard)
-        return self.peers.cells(self._weight.shape, placement.dim, dtype)
+
+def _cells(peers: PeerTransport, weight: DTensor, dtype: torch.dtype) -> list[Cell]:
+    (placement,) = weight.placements
+    assert isinstance(placement, Shard)
+    return peers.cells(weight.shape, placement.dim, dtype)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from rtp_wrap.policy import TRANSPORTS
-from rtp_wrap.transport.peer import PeerMemory
+from rtp_wrap.transport.cells import PeerMemory
 from rtp_wrap.transport.shared import SharedMemory
 from rtp_wrap.transport.symmetric import SymmetricMemory, driver
 

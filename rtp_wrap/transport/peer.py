@@ -14,89 +14,40 @@ a slot, meets the others, and the owner pulls the parts of its tile and averages
 ``reduce_dtype``. Nobody waits for another rank's sum, as in a ring of accumulators, and there is
 one rounding, where such a ring has one per rank.
 
-Each of the two is a *lane*: a stream, two slots used in turn, and barriers of its own. Barriers are
-all the synchronisation there is between ranks. Barrier k tells that every rank has published cell
-k, and, as a lane's work is in order, that it has pulled cell k - 1: so the slot of cell k - 1 may
-be written again, for cell k + 1.
+Each of the two has a *lane*: a stream, two slots used in turn, and barriers of its own. Barriers
+are all the synchronisation there is between ranks. Barrier k tells that every rank has published
+cell k, and, as a lane's work is in order, that it has pulled cell k - 1: so the slot of cell k - 1
+may be written again, for cell k + 1.
+
+On a GPU the lanes have nothing but barriers and pulls, which take no multiprocessor. Copies within
+a GPU do: a large GEMM leaves none free until it ends, and would hold up a lane with such a copy. So
+a cell is published by the computation's own stream, one cell ahead of its use, and averages, which
+nothing waits for but who takes the gradient, have a stream of their own.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
-from rtp_wrap.shard import Tile, TileGrid
+from rtp_wrap.transport.cells import Cell, PeerMemory, Tiles, cells_of, cut
+from rtp_wrap.transport.foresight import Foresight, Visit
+from rtp_wrap.versions import versions_of
 
 _WEIGHTS, _GRADIENTS = 0, 1
 #: The flag of barriers that are none of a cell's; theirs are 0 and 1, as their slots.
 _FENCE = 2
-#: Two of weights, two of parts of gradients, one where the parts of an owner's tile meet.
-SLOTS = 5
-_LANDING = 4
-#: Tiles and slots begin on such an address, bytes, so that GEMMs can read them with wide loads.
-ALIGNMENT = 16
-
-
-class PeerError(RuntimeError):
-    """Another rank did not come to a barrier."""
-
-
-class PeerMemory(Protocol):
-    """Memory of the same size on every rank, which all ranks can read."""
-
-    rank: int
-    world_size: int
-
-    def of(self, owner: int) -> torch.Tensor:
-        """The memory of rank ``owner``, 1-D uint8."""
-
-    def barrier(self, lane: int, flag: int) -> None:
-        """The ranks' work on the current stream goes on when all of them have come here.
-
-        ``flag`` is 0, 1 or 2, and never the one of the lane's barrier before. May raise
-        ``PeerError``.
-        """
-
-
-def slot_bytes(staging_bytes: int) -> int:
-    """The size of a slot of a staging of ``staging_bytes``."""
-    return staging_bytes // SLOTS // ALIGNMENT * ALIGNMENT
-
-
-def staging_for(tile_bytes: int, world_size: int) -> int:
-    """The least staging in which tiles of ``tile_bytes``, one per owner, are never cut."""
-    return SLOTS * world_size * (-(-tile_bytes // ALIGNMENT) * ALIGNMENT)
-
-
-Tiles = list[tuple[Tile, torch.Tensor]]
-_Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """The tiles of one cell, and where they lie; pairs are of the two slots that are used in turn.
+class _Fetched:
+    """A cell that is there, or on its way."""
 
-    ``own`` picks this rank's tile out of its home shard; it may be empty, or all of it. ``tiles``
-    are what is consumed: one per owner, or the whole weight where they make it up without a gap.
-    """
-
-    own: tuple[slice, slice]
-    is_home: bool
-    is_empty: bool
-    published: tuple[torch.Tensor, torch.Tensor]
-    pulls: tuple[_Copies, _Copies]
-    tiles: tuple[Tiles, Tiles]
-    parts: tuple[Tiles, Tiles]
-    part_pulls: tuple[_Copies, _Copies]
-    landing: torch.Tensor
-
-    def own_part(self, home: torch.Tensor) -> torch.Tensor:
-        """This rank's tile in its home shard, or in something of that shape."""
-        return home if self.is_home else home[self.own]
+    visit: Visit
+    index: int
+    versions: tuple[int, int]
+    parity: int
 
 
 class _Lane:
@@ -105,32 +56,18 @@ class _Lane:
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
         self.stream = stream
         self.count = 0
-        # Per slot: the computation may use it; the lane may use it.
-        self.ready = [_event(stream), _event(stream)]
-        self.free = [_event(stream), _event(stream)]
-
-    def enter(self) -> None:
-        """What is enqueued now is the lane's, until ``leave``: a context manager takes longer."""
-        if self.stream is not None:
-            torch.cuda.set_stream(self.stream)
-
-    def leave(self, computation: torch.cuda.Stream | None) -> None:
-        if computation is not None:
-            torch.cuda.set_stream(computation)
-
-    def follow(self, stream: torch.cuda.Stream | None) -> None:
-        """What comes next is after all that ``stream`` has now."""
-        if self.stream is not None and stream is not None:
-            self.stream.wait_stream(stream)
+        #: Whether the last cell is part of a graph.
+        self.captured = False
+        self.forget()
 
     def forget(self) -> None:
-        """The events of before belong to another graph, or to none."""
-        self.ready = [_event(self.stream), _event(self.stream)]
-        self.free = [_event(self.stream), _event(self.stream)]
-
-
-def _event(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-    return None if stream is None else torch.cuda.Event()
+        """The events of before belong to another graph, or to none. Of each slot: ..."""
+        #: The computation has put something there.
+        self.given = [_event(self.stream), _event(self.stream)]
+        #: All ranks have met at this slot's barrier.
+        self.met = [_event(self.stream), _event(self.stream)]
+        #: What was to be pulled has come.
+        self.come = [_event(self.stream), _event(self.stream)]
 
 
 class PeerTransport:
@@ -143,216 +80,184 @@ class PeerTransport:
         self, memory: PeerMemory, staging_bytes: int, device: torch.device, *, overlap: bool
     ) -> None:
         self._memory = memory
-        self._slot_bytes = slot_bytes(staging_bytes)
+        self._staging_bytes = staging_bytes
         self._device = device
-        concurrent = overlap and device.type == "cuda"
-        self._lanes = [
-            _Lane(torch.cuda.Stream(device, priority=-1) if concurrent else None) for _ in range(2)
-        ]
-        self._concurrent = concurrent
+        self._overlap = overlap
+        self._concurrent = overlap and device.type == "cuda"
+        self._lanes = [_Lane(self._stream()) for _ in (_WEIGHTS, _GRADIENTS)]
+        #: Where gradients are finished, if not on the stream of the computation.
+        self.gradient_stream = self._stream()
+        self._averaged = [_event(self.gradient_stream), _event(self.gradient_stream)]
         self._cells: dict[tuple[torch.Size, int, torch.dtype], list[Cell]] = {}
+        self._foresight = Foresight()
+        self._ahead: _Fetched | None = None
         #: How many there were.
         self.barriers = 0
-        # Whether weights may have been written by work that the lane of weights does not follow.
-        self.stale = True
-        self._capturing = False
-
-    @property
-    def gradient_stream(self) -> torch.cuda.Stream | None:
-        """Where gradients are finished, if not on the stream of the computation."""
-        return self._lanes[_GRADIENTS].stream
 
     def cells(self, shape: torch.Size, dim: int, dtype: torch.dtype) -> list[Cell]:
         """A weight of ``shape``, sharded along ``dim``, as tiles of ``dtype``."""
         key = shape, dim, dtype
         cells = self._cells.get(key)
         if cells is None:
+            grid = cut(tuple(shape), dim, self._memory.world_size, dtype, self._staging_bytes)
             # Views made under inference_mode could not be written to outside it.
             with torch.inference_mode(False):
-                self._cells[key] = cells = list(self._cut(tuple(shape), dim, dtype))
+                cells = cells_of(self._memory, grid, dtype, self._staging_bytes)
+            self._cells[key] = cells
         return cells
 
-    def pull(self, home: torch.Tensor, cell: Cell) -> Tiles:
-        """The tiles of a cell, once ``release`` was called for those before it."""
-        lane, computation = self._lanes[_WEIGHTS], self._computation()
-        if self.stale:
-            lane.follow(computation)
-            self.stale = False
+    def begin_forward(self) -> None:
+        """An outermost forward begins."""
+        self._foresight.begin()
+
+    def pull(self, visit: Visit, index: int) -> Tiles:
+        """The tiles of a cell, valid until the next call; the cell after it is fetched as well."""
+        now, self._ahead = self._ahead, None
+        if now is None or self._foresight.begun or not _is_of(now, visit, index):
+            now = self._fetch(visit, index)
+        if index == 0:
+            self._foresight.visit(visit)
+        if self._overlap:
+            if index + 1 < len(visit.cells):
+                self._ahead = self._fetch(visit, index + 1)
+            elif (upcoming := self._foresight.upcoming) is not None:
+                self._ahead = self._fetch(upcoming, 0)
+        _wait(self._computation(), self._lanes[_WEIGHTS].come[now.parity])
+        return visit.cells[index].tiles[now.parity]
+
+    def _fetch(self, visit: Visit, index: int) -> _Fetched:
+        """Publish this rank's tile of a cell, and pull those of the others."""
+        lane, cell, computation = self._lanes[_WEIGHTS], visit.cells[index], self._computation()
+        self._follow_capture(_WEIGHTS)
         parity = lane.count & 1
-        lane.enter()
+        lane.count += 1
+        # All ranks have pulled what was in this slot before.
+        _wait(computation, lane.met[1 - parity])
+        if not cell.is_empty:
+            cell.published[parity].copy_(cell.own_part(visit.weight._local_tensor))
+        _record(lane.given[parity], computation)
+        _enter(lane.stream)
         try:
-            _wait(lane.stream, lane.free[parity])
-            if not cell.is_empty:
-                cell.published[parity].copy_(cell.own_part(home))
+            # The computation is done with the tiles in this slot, too: it published after that.
+            _wait(lane.stream, lane.given[parity])
             self._meet(_WEIGHTS, parity)
+            _record(lane.met[parity], lane.stream)
             for to, source in cell.pulls[parity]:
                 to.copy_(source)
-            _record(lane.ready[parity], lane.stream)
+            _record(lane.come[parity], lane.stream)
         finally:
-            lane.leave(computation)
-        _wait(computation, lane.ready[parity])
-        return cell.tiles[parity]
-
-    def release(self) -> None:
-        """The computation has all it needs of the tiles pulled last."""
-        lane = self._lanes[_WEIGHTS]
-        _record(lane.free[lane.count & 1], self._computation())
-        lane.count += 1
+            _enter(computation)
+        return _Fetched(visit, index, versions_of(visit.weight), parity)
 
     def gradient(self, home: torch.Tensor) -> torch.Tensor:
-        """Memory for the gradient of a home shard, of the stream that finishes it."""
-        lane = self._lanes[_GRADIENTS]
-        computation = self._computation()
-        lane.enter()
-        try:
-            return torch.empty_like(home, memory_format=torch.contiguous_format)
-        finally:
-            lane.leave(computation)
+        """Memory for the gradient of a home shard, to be finished on ``gradient_stream``."""
+        gradient = torch.empty_like(home, memory_format=torch.contiguous_format)
+        if self.gradient_stream is not None:
+            # The memory is the computation's, as activations leave it room in backward. Autograd
+            # may drop it, having added it to another, before that stream is done with it.
+            gradient.record_stream(self.gradient_stream)
+        return gradient
 
     def parts(self, cell: Cell) -> Tiles:
         """Where the computation is to write its part of the gradient of a cell's tiles."""
-        lane = self._lanes[_GRADIENTS]
-        _wait(self._computation(), lane.free[lane.count & 1])
-        return cell.parts[lane.count & 1]
+        lane, computation = self._lanes[_GRADIENTS], self._computation()
+        self._follow_capture(_GRADIENTS)
+        parity = lane.count & 1
+        # The others have pulled what was there before, and this rank has averaged its own.
+        _wait(computation, lane.met[1 - parity])
+        _wait(computation, self._averaged[parity])
+        return cell.parts[parity]
 
     def average(self, cell: Cell, gradient: torch.Tensor, sums: torch.dtype) -> None:
         """Put the mean of all ranks' parts into the home shard's ``gradient``; sum in ``sums``."""
-        lane = self._lanes[_GRADIENTS]
-        parity, computation = lane.count & 1, self._computation()
-        _record(lane.ready[parity], computation)
-        lane.enter()
+        lane, computation = self._lanes[_GRADIENTS], self._computation()
+        parity = lane.count & 1
+        lane.count += 1
+        _record(lane.given[parity], computation)
         try:
-            _wait(lane.stream, lane.ready[parity])
+            _enter(lane.stream)
+            _wait(lane.stream, lane.given[parity])
             self._meet(_GRADIENTS, parity)
-            # All ranks have pulled the parts of before.
-            _record(lane.free[1 - parity], lane.stream)
+            _record(lane.met[parity], lane.stream)
+            _wait(lane.stream, self._averaged[1 - parity])  # there is one landing
             for to, source in cell.part_pulls[parity]:
                 to.copy_(source)
+            _record(lane.come[parity], lane.stream)
+            _enter(self.gradient_stream)
+            _wait(self.gradient_stream, lane.come[parity])
             if not cell.is_empty:
+                cell.own_landing.copy_(cell.own_parts[parity])
                 out = cell.own_part(gradient)
                 if sums == gradient.dtype:
                     torch.mean(cell.landing, 0, dtype=sums, out=out)
                 else:
                     out.copy_(torch.mean(cell.landing, 0, dtype=sums))
+            _record(self._averaged[parity], self.gradient_stream)
         finally:
-            lane.leave(computation)
-        lane.count += 1
+            _enter(computation)
 
-    def begin(self) -> None:
-        """Before each site.
+    def settle(self) -> None:
+        """After an exception: what is still under way comes before anything else."""
+        self._foresight.begin()
+        self._ahead = None
+        computation = self._computation()
+        if computation is not None:
+            for stream in (*(lane.stream for lane in self._lanes), self.gradient_stream):
+                if stream is not None:
+                    computation.wait_stream(stream)
+
+    def _follow_capture(self, index: int) -> None:
+        """Before each cell: begin anew inside a graph that is being captured, and after it.
 
         A captured graph cannot wait for events of outside it. And it repeats its cells from the
         same slot on, whichever the last one was: so it begins with a barrier of another flag.
         """
-        if self._concurrent:
-            capturing = torch.cuda.is_current_stream_capturing()
-            if capturing != self._capturing:
-                self._capturing, self.stale = capturing, True
-                for index, lane in enumerate(self._lanes):
-                    lane.forget()
-                    if capturing:
-                        computation = self._computation()
-                        lane.follow(computation)
-                        lane.enter()
-                        try:
-                            self._meet(index, _FENCE)
-                        finally:
-                            lane.leave(computation)
-
-    def settle(self) -> None:
-        """After an exception: what the lanes still do comes before anything else."""
-        computation = self._computation()
-        if computation is not None:
-            for lane in self._lanes:
-                if lane.stream is not None:
-                    computation.wait_stream(lane.stream)
+        lane, computation = self._lanes[index], self._computation()
+        if lane.stream is None or computation is None:
+            return
+        capturing = torch.cuda.is_current_stream_capturing()
+        if capturing == lane.captured:
+            return
+        lane.captured = capturing
+        lane.forget()
+        if index == _GRADIENTS:
+            self._averaged = [_event(self.gradient_stream), _event(self.gradient_stream)]
+        lane.stream.wait_stream(computation)
+        _enter(lane.stream)
+        try:
+            self._meet(index, _FENCE)
+        finally:
+            _enter(computation)
+        computation.wait_stream(lane.stream)
 
     def _meet(self, lane: int, flag: int) -> None:
         self.barriers += 1
         self._memory.barrier(lane, flag)
 
+    def _stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.Stream(self._device, priority=-1) if self._concurrent else None
+
     def _computation(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self._device) if self._concurrent else None
 
-    def _cut(self, shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> Iterator[Cell]:
-        ranks = self._memory.world_size
-        room = self._slot_bytes // ranks // ALIGNMENT * ALIGNMENT
-        grid = TileGrid(shape, dim, ranks, room // dtype.itemsize)
-        for offset in grid.cells():
-            yield _Places(self._memory, self._slot_bytes, grid, offset, dtype).cell()
+
+def _is_of(fetched: _Fetched, visit: Visit, index: int) -> bool:
+    return (
+        fetched.visit.weight is visit.weight
+        and fetched.visit.cells is visit.cells
+        and fetched.index == index
+        and fetched.versions == versions_of(visit.weight)
+    )
 
 
-class _Places:
-    """Where the tiles of one cell lie in the slots of all ranks."""
+def _event(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+    return None if stream is None else torch.cuda.Event()
 
-    def __init__(
-        self,
-        memory: PeerMemory,
-        slot_bytes: int,
-        grid: TileGrid,
-        offset: tuple[int, int],
-        dtype: torch.dtype,
-    ) -> None:
-        self._memory, self._slot_bytes, self._grid, self._dtype = memory, slot_bytes, grid, dtype
-        ranks = memory.world_size
-        self._tiles = [grid.tile(owner, offset) for owner in range(ranks)]
-        # This rank first, then those above it, the next one first.
-        self._order = [(memory.rank + turn) % ranks for turn in range(ranks)]
-        self._stride = math.prod((*grid.cell, *grid.shape[2:])) * dtype.itemsize
-        # Whole shards, of rows, one after the other, are the weight itself.
-        self._is_whole = grid.dim == 0 and grid.cell == grid.shard(0).shape
-        if not self._is_whole:
-            self._stride = -(-self._stride // ALIGNMENT) * ALIGNMENT
 
-    def cell(self) -> Cell:
-        me, tiles = self._memory.rank, self._tiles
-        own = tiles[me]
-        landing = self._view(me, _LANDING, 0, (len(tiles), *self._grid.tile_shape(own)))
-        pulls, part_pulls = [], []
-        for parity in (0, 1):
-            pulls.append(
-                [
-                    (self._place(me, parity, owner), self._place(owner, parity, owner))
-                    for owner in self._order[1:]
-                    if tiles[owner].numel
-                ]
-            )
-            part_pulls.append(
-                [
-                    (landing[reader], self._place(reader, 2 + parity, me))
-                    for reader in self._order
-                    if own.numel
-                ]
-            )
-        return Cell(
-            own=own.within(self._grid.shard(me)),
-            is_home=own == self._grid.shard(me),
-            is_empty=own.numel == 0,
-            published=(self._place(me, 0, me), self._place(me, 1, me)),
-            pulls=(pulls[0], pulls[1]),
-            tiles=(self._consumed(0), self._consumed(1)),
-            parts=(self._consumed(2), self._consumed(3)),
-            part_pulls=(part_pulls[0], part_pulls[1]),
-            landing=landing,
-        )
-
-    def _consumed(self, slot: int) -> Tiles:
-        """The tiles of this rank's slot that products are made with."""
-        me, shape = self._memory.rank, self._grid.shape
-        if self._is_whole:
-            return [(Tile(0, shape[0], 0, shape[1]), self._view(me, slot, 0, shape))]
-        tiles = self._tiles
-        return [(tiles[o], self._place(me, slot, o)) for o in self._order if tiles[o].numel]
-
-    def _place(self, rank: int, slot: int, owner: int) -> torch.Tensor:
-        """Where the tile of ``owner`` lies in a slot of ``rank``."""
-        shape = self._grid.tile_shape(self._tiles[owner])
-        return self._view(rank, slot, owner * self._stride, shape)
-
-    def _view(self, rank: int, slot: int, at: int, shape: Sequence[int]) -> torch.Tensor:
-        start = slot * self._slot_bytes + at
-        nbytes = math.prod(shape) * self._dtype.itemsize
-        return self._memory.of(rank)[start : start + nbytes].view(self._dtype).view(*shape)
+def _enter(stream: torch.cuda.Stream | None) -> None:
+    """What is enqueued from now on is on ``stream``; a context manager takes longer."""
+    if stream is not None:
+        torch.cuda.set_stream(stream)
 
 
 def _record(event: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> None:

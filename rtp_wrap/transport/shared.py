@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from rtp_wrap.host_group import host_group
-from rtp_wrap.transport.peer import PeerError
+from rtp_wrap.transport.cells import PeerError
 
 _DIRECTORY = Path("/dev/shm")
 

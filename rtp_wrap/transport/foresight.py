@@ -1,0 +1,52 @@
+"""Which site comes next, as far as the last time tells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.distributed.tensor import DTensor
+
+from rtp_wrap.transport.cells import Cell
+
+
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """A site in one direction of the pass, and the tiles of its weight."""
+
+    event: str
+    weight: DTensor
+    cells: list[Cell]
+
+
+class Foresight:
+    """Learns which visit follows which two others.
+
+    What is remembered depends on the order of sites alone, which is the same on all ranks, so that
+    all of them expect the same. Nothing is expected across the beginning of an outermost forward:
+    weights may be written before it, and not every write can be seen.
+    """
+
+    def __init__(self) -> None:
+        self._next: dict[tuple[str, str], Visit | None] = {}
+        self._last = ("", "")
+        self._begun = True
+
+    def begin(self) -> None:
+        """An outermost forward begins, or something went wrong."""
+        self._begun = True
+
+    @property
+    def begun(self) -> bool:
+        """Whether an outermost forward began since the visit before."""
+        return self._begun
+
+    def visit(self, now: Visit) -> None:
+        """This is what came."""
+        self._next[self._last] = None if self._begun else now
+        self._begun = False
+        self._last = self._last[1], now.event
+
+    @property
+    def upcoming(self) -> Visit | None:
+        """What came next the last time."""
+        return self._next.get(self._last)
