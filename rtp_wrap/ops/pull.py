@@ -47,9 +47,10 @@ def backward(
                 for tile, values in peers.pull(visit, index):
                     dgrad(tile, values)
             if wgrad is not None and dw is not None:
-                for tile, part in peers.parts(cell):
+                parts = peers.parts(cell)
+                for tile, part in parts.produced:
                     wgrad(tile, None, part, 1.0)
-                peers.average(cell, dw, sums)
+                peers.average(cell, parts, dw, sums)
     return dw
 
 

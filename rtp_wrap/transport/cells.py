@@ -11,10 +11,11 @@ import torch
 
 from rtp_wrap.shard import Tile, TileGrid
 
-#: Two of weights, two of parts of gradients, one where the parts of an owner's tile meet.
-SLOTS = 5
-_PARTS, _LANDING = 2, 4
-#: Tiles and slots begin on such an address, bytes, so that GEMMs can read them with wide loads.
+#: The staging is five times the largest cell: two for weights, two for parts of gradients, one
+#: where the parts of an owner's tile meet. Smaller cells share the room.
+WEIGHTS, PARTS, LANDING = 2, 2, 1
+_ALL = WEIGHTS + PARTS + LANDING
+#: Tiles begin on such an address, bytes, so that GEMMs can read them with wide loads.
 ALIGNMENT = 16
 
 
@@ -39,30 +40,27 @@ class PeerMemory(Protocol):
         """
 
 
-def slot_bytes(staging_bytes: int) -> int:
-    """The size of a slot of a staging of ``staging_bytes``."""
-    return staging_bytes // SLOTS // ALIGNMENT * ALIGNMENT
+def largest_cell(staging_bytes: int) -> int:
+    """The size of the largest cell in a staging of ``staging_bytes``."""
+    return staging_bytes // _ALL // ALIGNMENT * ALIGNMENT
 
 
 def cut(
     shape: tuple[int, ...], dim: int, world_size: int, dtype: torch.dtype, staging_bytes: int
 ) -> TileGrid:
-    """A weight of ``shape``, sharded along ``dim``, in cells whose tiles fit a slot together."""
-    room = slot_bytes(staging_bytes) // world_size // ALIGNMENT * ALIGNMENT
+    """A weight of ``shape``, sharded along ``dim``, in cells whose tiles fit together."""
+    room = largest_cell(staging_bytes) // world_size // ALIGNMENT * ALIGNMENT
     return TileGrid(shape, dim, world_size, room // dtype.itemsize)
 
 
 def staging_for(tile_bytes: int, world_size: int) -> int:
     """The least staging in which tiles of ``tile_bytes``, one per owner, are never cut."""
-    return SLOTS * world_size * (-(-tile_bytes // ALIGNMENT) * ALIGNMENT)
+    return _ALL * world_size * (-(-tile_bytes // ALIGNMENT) * ALIGNMENT)
 
 
-def cells_of(
-    memory: PeerMemory, grid: TileGrid, dtype: torch.dtype, staging_bytes: int
-) -> list[Cell]:
-    """All cells of ``grid``, as views of the memories."""
-    size = slot_bytes(staging_bytes)
-    return [_Places(memory, size, grid, offset, dtype).cell() for offset in grid.cells()]
+def cells_of(memory: PeerMemory, grid: TileGrid, dtype: torch.dtype) -> list[Cell]:
+    """All cells of ``grid``."""
+    return [_Places(memory, grid, offset, dtype).cell() for offset in grid.cells()]
 
 
 Tiles = list[tuple[Tile, torch.Tensor]]
@@ -70,44 +68,85 @@ _Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """The tiles of one cell, and where they lie; pairs are of the two slots that are used in turn.
+class Weights:
+    """The tiles of a cell. ``consumed`` are one per owner, or the whole weight at once."""
 
-    ``own`` picks this rank's tile out of its home shard; it may be empty, or all of it. ``tiles``
-    are what is consumed: one per owner, or the whole weight where they make it up without a gap.
+    published: torch.Tensor
+    pulls: _Copies
+    consumed: Tiles
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """This rank's parts of the gradients of a cell's tiles, and all ranks' of its own tile."""
+
+    produced: Tiles
+    own: torch.Tensor
+    others: list[torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Landing:
+    """Where all ranks' parts of this rank's tile meet, ``[ranks, *tile]``."""
+
+    parts: torch.Tensor
+    own: torch.Tensor
+    others: list[torch.Tensor]
+
+
+class Cell:
+    """The tiles of one cell, one of each owner, and where they lie in the memories.
+
+    ``own`` picks this rank's tile out of its home shard; it may be empty, or all of it. Views are
+    made once for every place: a training step comes to the same places again.
     """
 
-    own: tuple[slice, slice]
-    is_home: bool
-    is_empty: bool
-    published: tuple[torch.Tensor, torch.Tensor]
-    pulls: tuple[_Copies, _Copies]
-    tiles: tuple[Tiles, Tiles]
-    parts: tuple[Tiles, Tiles]
-    own_parts: tuple[torch.Tensor, torch.Tensor]
-    part_pulls: tuple[_Copies, _Copies]
-    landing: torch.Tensor
-    own_landing: torch.Tensor
+    def __init__(self, places: _Places, own: Tile, shard: Tile) -> None:
+        self.own = own.within(shard)
+        self.is_home = own == shard
+        self.is_empty = own.numel == 0
+        self.nbytes, self.landing_nbytes = places.nbytes, places.landing_nbytes
+        self._places = places
+        self._weights: dict[int, Weights] = {}
+        self._parts: dict[int, Parts] = {}
+        self._landings: dict[int, Landing] = {}
 
     def own_part(self, home: torch.Tensor) -> torch.Tensor:
         """This rank's tile in its home shard, or in something of that shape."""
         return home if self.is_home else home[self.own]
 
+    def weights(self, at: int) -> Weights:
+        """The tiles, ``at`` so many bytes in every rank's memory."""
+        if at not in self._weights:
+            # Views made under inference_mode could not be written to outside it.
+            with torch.inference_mode(False):
+                self._weights[at] = self._places.weights(at)
+        return self._weights[at]
+
+    def parts(self, at: int) -> Parts:
+        """Parts of gradients, at the same place on all ranks."""
+        if at not in self._parts:
+            with torch.inference_mode(False):
+                self._parts[at] = self._places.parts(at)
+        return self._parts[at]
+
+    def landing(self, at: int) -> Landing:
+        if at not in self._landings:
+            with torch.inference_mode(False):
+                self._landings[at] = self._places.landing(at)
+        return self._landings[at]
+
 
 class _Places:
-    """Where the tiles of one cell lie in the slots of all ranks."""
+    """The views of one cell."""
 
     def __init__(
-        self,
-        memory: PeerMemory,
-        slot_bytes: int,
-        grid: TileGrid,
-        offset: tuple[int, int],
-        dtype: torch.dtype,
+        self, memory: PeerMemory, grid: TileGrid, offset: tuple[int, int], dtype: torch.dtype
     ) -> None:
-        self._memory, self._slot_bytes, self._grid, self._dtype = memory, slot_bytes, grid, dtype
+        self._memory, self._grid, self._dtype = memory, grid, dtype
         ranks = memory.world_size
         self._tiles = [grid.tile(owner, offset) for owner in range(ranks)]
+        self._own_shape = grid.tile_shape(self._tiles[memory.rank])
         # This rank first, then those above it, the next one first.
         self._order = [(memory.rank + turn) % ranks for turn in range(ranks)]
         self._stride = math.prod((*grid.cell, *grid.shape[2:])) * dtype.itemsize
@@ -115,55 +154,42 @@ class _Places:
         self._is_whole = grid.dim == 0 and grid.cell == grid.shard(0).shape
         if not self._is_whole:
             self._stride = -(-self._stride // ALIGNMENT) * ALIGNMENT
+        self.nbytes = ranks * self._stride
+        self.landing_nbytes = ranks * math.prod(self._own_shape) * dtype.itemsize
 
     def cell(self) -> Cell:
-        me, tiles = self._memory.rank, self._tiles
-        own = tiles[me]
-        landing = self._view(me, _LANDING, 0, (len(tiles), *self._grid.tile_shape(own)))
-        pulls, part_pulls = [], []
-        for parity in (0, 1):
-            pulls.append(
-                [
-                    (self._place(me, parity, owner), self._place(owner, parity, owner))
-                    for owner in self._order[1:]
-                    if tiles[owner].numel
-                ]
-            )
-            part_pulls.append(
-                [
-                    (landing[other], self._place(other, _PARTS + parity, me))
-                    for other in self._order[1:]
-                    if own.numel
-                ]
-            )
-        return Cell(
-            own=own.within(self._grid.shard(me)),
-            is_home=own == self._grid.shard(me),
-            is_empty=own.numel == 0,
-            published=(self._place(me, 0, me), self._place(me, 1, me)),
-            pulls=(pulls[0], pulls[1]),
-            tiles=(self._consumed(0), self._consumed(1)),
-            parts=(self._consumed(_PARTS), self._consumed(_PARTS + 1)),
-            own_parts=(self._place(me, _PARTS, me), self._place(me, _PARTS + 1, me)),
-            part_pulls=(part_pulls[0], part_pulls[1]),
-            landing=landing,
-            own_landing=landing[me],
-        )
+        me = self._memory.rank
+        return Cell(self, self._tiles[me], self._grid.shard(me))
 
-    def _consumed(self, slot: int) -> Tiles:
-        """The tiles of this rank's slot that products are made with."""
+    def weights(self, at: int) -> Weights:
+        me, others = self._memory.rank, self._order[1:]
+        owners = [owner for owner in others if self._tiles[owner].numel]
+        pulls = [(self._place(me, at, o), self._place(o, at, o)) for o in owners]
+        return Weights(self._place(me, at, me), pulls, self._consumed(at))
+
+    def parts(self, at: int) -> Parts:
+        me, others = self._memory.rank, self._order[1:]
+        theirs = [self._place(other, at, me) for other in others]
+        return Parts(self._consumed(at), self._place(me, at, me), theirs)
+
+    def landing(self, at: int) -> Landing:
+        me, others = self._memory.rank, self._order[1:]
+        parts = self._view(me, at, (len(self._order), *self._own_shape))
+        return Landing(parts, parts[me], [parts[other] for other in others])
+
+    def _consumed(self, at: int) -> Tiles:
+        """The tiles in this rank's memory that products are made with."""
         me, shape = self._memory.rank, self._grid.shape
         if self._is_whole:
-            return [(Tile(0, shape[0], 0, shape[1]), self._view(me, slot, 0, shape))]
+            return [(Tile(0, shape[0], 0, shape[1]), self._view(me, at, shape))]
         tiles = self._tiles
-        return [(tiles[o], self._place(me, slot, o)) for o in self._order if tiles[o].numel]
+        return [(tiles[o], self._place(me, at, o)) for o in self._order if tiles[o].numel]
 
-    def _place(self, rank: int, slot: int, owner: int) -> torch.Tensor:
-        """Where the tile of ``owner`` lies in a slot of ``rank``."""
+    def _place(self, rank: int, at: int, owner: int) -> torch.Tensor:
+        """Where the tile of ``owner`` lies in the memory of ``rank``."""
         shape = self._grid.tile_shape(self._tiles[owner])
-        return self._view(rank, slot, owner * self._stride, shape)
+        return self._view(rank, at + owner * self._stride, shape)
 
-    def _view(self, rank: int, slot: int, at: int, shape: Sequence[int]) -> torch.Tensor:
-        start = slot * self._slot_bytes + at
+    def _view(self, rank: int, start: int, shape: Sequence[int]) -> torch.Tensor:
         nbytes = math.prod(shape) * self._dtype.itemsize
         return self._memory.of(rank)[start : start + nbytes].view(self._dtype).view(*shape)

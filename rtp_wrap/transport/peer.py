@@ -1,23 +1,23 @@
 """Tiles pulled from their owners: for ranks that can read each other's memory.
 
 A site's weight is cut into cells (see ``shard``), and a cell's tiles, one of each owner, lie side
-by side in a slot. For each cell every rank
+by side. For each cell every rank
 
-1.  *publishes*: copies its own tile from its home shard to its place in the slot, in the dtype of
-    the computation,
+1.  *publishes*: copies its own tile from its home shard to its place, in the dtype of the
+    computation,
 2.  meets the others (a barrier), which have published then, too,
 3.  *pulls* the tiles of the owners above it, the next one first, so that all ranks read from
     different ones at a time.
 
-Gradients go the other way: a rank computes its *part* of the gradient of all tiles of a cell into
-a slot, meets the others, and the owner pulls the parts of its tile and averages them, summing in
+Gradients go the other way: a rank computes its *part* of the gradient of all tiles of a cell, meets
+the others, and the owner pulls the parts of its tile and averages them, summing in
 ``reduce_dtype``. Nobody waits for another rank's sum, as in a ring of accumulators, and there is
 one rounding, where such a ring has one per rank.
 
-Each of the two has a *lane*: a stream, two slots used in turn, and barriers of its own. Barriers
-are all the synchronisation there is between ranks. Barrier k tells that every rank has published
-cell k, and, as a lane's work is in order, that it has pulled cell k - 1: so the slot of cell k - 1
-may be written again, for cell k + 1.
+Each of the two has a *lane*: a stream, barriers of its own, and an area of the staging in which
+cells lie one behind the other. Barriers are all the synchronisation there is between ranks. Barrier
+k tells that every rank has published cell k, and, as a lane's work is in order, that it has pulled
+cell k - 1: so others may lie there from cell k + 1 on.
 
 On a GPU the lanes have nothing but barriers and pulls, which take no multiprocessor. Copies within
 a GPU do: a large GEMM leaves none free until it ends, and would hold up a lane with such a copy. So
@@ -27,16 +27,29 @@ nothing waits for but who takes the gradient, have a stream of their own.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
-from rtp_wrap.transport.cells import Cell, PeerMemory, Tiles, cells_of, cut
+from rtp_wrap.transport.area import WINDOW, Area
+from rtp_wrap.transport.cells import (
+    LANDING,
+    PARTS,
+    WEIGHTS,
+    Cell,
+    Landing,
+    Parts,
+    PeerMemory,
+    Tiles,
+    cells_of,
+    cut,
+    largest_cell,
+)
 from rtp_wrap.transport.foresight import Foresight, Visit
 from rtp_wrap.versions import versions_of
 
-_WEIGHTS, _GRADIENTS = 0, 1
-#: The flag of barriers that are none of a cell's; theirs are 0 and 1, as their slots.
+#: The flag of barriers that are none of a cell's; theirs are 0 and 1, in turn.
 _FENCE = 2
 
 
@@ -47,27 +60,36 @@ class _Fetched:
     visit: Visit
     index: int
     versions: tuple[int, int]
-    parity: int
+    tiles: Tiles
+    come: torch.cuda.Event | None
+
+
+class _Events:
+    """One for each of the last cells."""
+
+    def __init__(self) -> None:
+        self._events = [torch.cuda.Event() for _ in range(WINDOW)]
+
+    def of(self, number: int) -> torch.cuda.Event:
+        return self._events[number % WINDOW]
 
 
 class _Lane:
     """What is done in order, cell by cell, beside the computation: on a stream if there is one."""
 
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self.stream = stream
-        self.count = 0
+    def __init__(self, index: int, stream: torch.cuda.Stream | None, area: Area) -> None:
+        self.index, self.stream, self.area = index, stream, area
+        self.number = -1
         #: Whether the last cell is part of a graph.
         self.captured = False
         self.forget()
 
     def forget(self) -> None:
-        """The events of before belong to another graph, or to none. Of each slot: ..."""
-        #: The computation has put something there.
-        self.given = [_event(self.stream), _event(self.stream)]
-        #: All ranks have met at this slot's barrier.
-        self.met = [_event(self.stream), _event(self.stream)]
-        #: What was to be pulled has come.
-        self.come = [_event(self.stream), _event(self.stream)]
+        """The events of before belong to another graph, or to none, and all of them are over."""
+        self.area.forget()
+        if self.stream is not None:
+            #: The computation has put something there; all ranks have met; all pulls have come.
+            self.given, self.met, self.come = _Events(), _Events(), _Events()
 
 
 class PeerTransport:
@@ -84,10 +106,14 @@ class PeerTransport:
         self._device = device
         self._overlap = overlap
         self._concurrent = overlap and device.type == "cuda"
-        self._lanes = [_Lane(self._stream()) for _ in (_WEIGHTS, _GRADIENTS)]
+        room = largest_cell(staging_bytes)
+        self._weights = _Lane(0, self._stream(), Area(0, room, WEIGHTS))
+        self._gradients = _Lane(1, self._stream(), Area(WEIGHTS * room, room, PARTS))
+        self._landings = Area((WEIGHTS + PARTS) * room, room, LANDING)
         #: Where gradients are finished, if not on the stream of the computation.
         self.gradient_stream = self._stream()
-        self._averaged = [_event(self.gradient_stream), _event(self.gradient_stream)]
+        if self._concurrent:
+            self._averaged = _Events()
         self._cells: dict[tuple[torch.Size, int, torch.dtype], list[Cell]] = {}
         self._foresight = Foresight()
         self._ahead: _Fetched | None = None
@@ -100,10 +126,7 @@ class PeerTransport:
         cells = self._cells.get(key)
         if cells is None:
             grid = cut(tuple(shape), dim, self._memory.world_size, dtype, self._staging_bytes)
-            # Views made under inference_mode could not be written to outside it.
-            with torch.inference_mode(False):
-                cells = cells_of(self._memory, grid, dtype, self._staging_bytes)
-            self._cells[key] = cells
+            self._cells[key] = cells = cells_of(self._memory, grid, dtype)
         return cells
 
     def begin_forward(self) -> None:
@@ -113,6 +136,9 @@ class PeerTransport:
     def pull(self, visit: Visit, index: int) -> Tiles:
         """The tiles of a cell, valid until the next call; the cell after it is fetched as well."""
         now, self._ahead = self._ahead, None
+        if self._foresight.begun:
+            for area in (self._weights.area, self._gradients.area, self._landings):
+                area.rewind()
         if now is None or self._foresight.begun or not _is_of(now, visit, index):
             now = self._fetch(visit, index)
         if index == 0:
@@ -122,32 +148,38 @@ class PeerTransport:
                 self._ahead = self._fetch(visit, index + 1)
             elif (upcoming := self._foresight.upcoming) is not None:
                 self._ahead = self._fetch(upcoming, 0)
-        _wait(self._computation(), self._lanes[_WEIGHTS].come[now.parity])
-        return visit.cells[index].tiles[now.parity]
+        if now.come is not None:
+            torch.cuda.current_stream(self._device).wait_event(now.come)
+        return now.tiles
 
     def _fetch(self, visit: Visit, index: int) -> _Fetched:
         """Publish this rank's tile of a cell, and pull those of the others."""
-        lane, cell, computation = self._lanes[_WEIGHTS], visit.cells[index], self._computation()
-        self._follow_capture(_WEIGHTS)
-        parity = lane.count & 1
-        lane.count += 1
-        # All ranks have pulled what was in this slot before.
-        _wait(computation, lane.met[1 - parity])
+        lane, cell, computation = self._weights, visit.cells[index], self._computation()
+        number = self._next(lane)
+        at, before = lane.area.take(cell.nbytes, number)
+        self._wait_for_peers(lane, before)
+        weights = cell.weights(at)
         if not cell.is_empty:
-            cell.published[parity].copy_(cell.own_part(visit.weight._local_tensor))
-        _record(lane.given[parity], computation)
-        _enter(lane.stream)
-        try:
-            # The computation is done with the tiles in this slot, too: it published after that.
-            _wait(lane.stream, lane.given[parity])
-            self._meet(_WEIGHTS, parity)
-            _record(lane.met[parity], lane.stream)
-            for to, source in cell.pulls[parity]:
-                to.copy_(source)
-            _record(lane.come[parity], lane.stream)
-        finally:
-            _enter(computation)
-        return _Fetched(visit, index, versions_of(visit.weight), parity)
+            weights.published.copy_(cell.own_part(visit.weight._local_tensor))
+        if computation is None:
+            self._meet(lane.index, number & 1)
+            _copy(weights.pulls)
+            come = None
+        else:
+            assert lane.stream is not None
+            lane.given.of(number).record(computation)
+            torch.cuda.set_stream(lane.stream)
+            try:
+                # The computation is done with what was there before: it published after that.
+                lane.stream.wait_event(lane.given.of(number))
+                self._meet(lane.index, number & 1)
+                lane.met.of(number).record(lane.stream)
+                _copy(weights.pulls)
+                come = lane.come.of(number)
+                come.record(lane.stream)
+            finally:
+                torch.cuda.set_stream(computation)
+        return _Fetched(visit, index, versions_of(visit.weight), weights.consumed, come)
 
     def gradient(self, home: torch.Tensor) -> torch.Tensor:
         """Memory for the gradient of a home shard, to be finished on ``gradient_stream``."""
@@ -158,43 +190,45 @@ class PeerTransport:
             gradient.record_stream(self.gradient_stream)
         return gradient
 
-    def parts(self, cell: Cell) -> Tiles:
+    def parts(self, cell: Cell) -> Parts:
         """Where the computation is to write its part of the gradient of a cell's tiles."""
-        lane, computation = self._lanes[_GRADIENTS], self._computation()
-        self._follow_capture(_GRADIENTS)
-        parity = lane.count & 1
-        # The others have pulled what was there before, and this rank has averaged its own.
-        _wait(computation, lane.met[1 - parity])
-        _wait(computation, self._averaged[parity])
-        return cell.parts[parity]
+        lane, computation = self._gradients, self._computation()
+        number = self._next(lane)
+        at, before = lane.area.take(cell.nbytes, number)
+        self._wait_for_peers(lane, before)
+        if computation is not None:
+            computation.wait_event(self._averaged.of(before))  # this rank's own part
+        return cell.parts(at)
 
-    def average(self, cell: Cell, gradient: torch.Tensor, sums: torch.dtype) -> None:
+    def average(self, cell: Cell, parts: Parts, gradient: torch.Tensor, sums: torch.dtype) -> None:
         """Put the mean of all ranks' parts into the home shard's ``gradient``; sum in ``sums``."""
-        lane, computation = self._lanes[_GRADIENTS], self._computation()
-        parity = lane.count & 1
-        lane.count += 1
-        _record(lane.given[parity], computation)
+        lane, computation, finish = self._gradients, self._computation(), self.gradient_stream
+        number = lane.number
+        at, before = self._landings.take(cell.landing_nbytes, number)
+        landing = cell.landing(at)
+        pulls = zip(landing.others, parts.others, strict=True) if not cell.is_empty else ()
+        if computation is None:
+            self._meet(lane.index, number & 1)
+            _copy(pulls)
+            _mean(cell, parts, landing, gradient, sums)
+            return
+        assert lane.stream is not None
+        assert finish is not None
+        lane.given.of(number).record(computation)
+        torch.cuda.set_stream(lane.stream)
         try:
-            _enter(lane.stream)
-            _wait(lane.stream, lane.given[parity])
-            self._meet(_GRADIENTS, parity)
-            _record(lane.met[parity], lane.stream)
-            _wait(lane.stream, self._averaged[1 - parity])  # there is one landing
-            for to, source in cell.part_pulls[parity]:
-                to.copy_(source)
-            _record(lane.come[parity], lane.stream)
-            _enter(self.gradient_stream)
-            _wait(self.gradient_stream, lane.come[parity])
-            if not cell.is_empty:
-                cell.own_landing.copy_(cell.own_parts[parity])
-                out = cell.own_part(gradient)
-                if sums == gradient.dtype:
-                    torch.mean(cell.landing, 0, dtype=sums, out=out)
-                else:
-                    out.copy_(torch.mean(cell.landing, 0, dtype=sums))
-            _record(self._averaged[parity], self.gradient_stream)
+            lane.stream.wait_event(lane.given.of(number))
+            self._meet(lane.index, number & 1)
+            lane.met.of(number).record(lane.stream)
+            lane.stream.wait_event(self._averaged.of(before))
+            _copy(pulls)
+            lane.come.of(number).record(lane.stream)
+            torch.cuda.set_stream(finish)
+            finish.wait_event(lane.come.of(number))
+            _mean(cell, parts, landing, gradient, sums)
+            self._averaged.of(number).record(finish)
         finally:
-            _enter(computation)
+            torch.cuda.set_stream(computation)
 
     def settle(self) -> None:
         """After an exception: what is still under way comes before anything else."""
@@ -202,32 +236,48 @@ class PeerTransport:
         self._ahead = None
         computation = self._computation()
         if computation is not None:
-            for stream in (*(lane.stream for lane in self._lanes), self.gradient_stream):
-                if stream is not None:
-                    computation.wait_stream(stream)
+            for stream in (self._weights.stream, self._gradients.stream, self.gradient_stream):
+                assert stream is not None
+                computation.wait_stream(stream)
 
-    def _follow_capture(self, index: int) -> None:
-        """Before each cell: begin anew inside a graph that is being captured, and after it.
+    def _next(self, lane: _Lane) -> int:
+        """The number of a new cell."""
+        if self._concurrent and torch.cuda.is_current_stream_capturing() != lane.captured:
+            self._follow_capture(lane)
+        lane.number += 1
+        return lane.number
 
-        A captured graph cannot wait for events of outside it. And it repeats its cells from the
-        same slot on, whichever the last one was: so it begins with a barrier of another flag.
+    def _follow_capture(self, lane: _Lane) -> None:
+        """Begin anew inside a graph that is being captured, and after it.
+
+        A captured graph cannot wait for events of outside it. And it repeats its cells in the same
+        places and with the same flags, whichever came last: so it begins with a fence.
         """
-        lane, computation = self._lanes[index], self._computation()
-        if lane.stream is None or computation is None:
-            return
-        capturing = torch.cuda.is_current_stream_capturing()
-        if capturing == lane.captured:
-            return
-        lane.captured = capturing
+        lane.captured = not lane.captured
         lane.forget()
-        if index == _GRADIENTS:
-            self._averaged = [_event(self.gradient_stream), _event(self.gradient_stream)]
+        if lane is self._gradients:
+            self._landings.forget()
+            self._averaged = _Events()
+        self._fence(lane)
+
+    def _wait_for_peers(self, lane: _Lane, before: int) -> None:
+        """What lay in a new cell's place until now, the cell ``before``, has been pulled by all."""
+        assert before + 1 < lane.number
+        if self._concurrent:
+            torch.cuda.current_stream(self._device).wait_event(lane.met.of(before + 1))
+
+    def _fence(self, lane: _Lane) -> None:
+        """A barrier that is none of a cell's: all pulls of before it are over."""
+        computation = self._computation()
+        if computation is None or lane.stream is None:
+            self._meet(lane.index, _FENCE)
+            return
         lane.stream.wait_stream(computation)
-        _enter(lane.stream)
+        torch.cuda.set_stream(lane.stream)
         try:
-            self._meet(index, _FENCE)
+            self._meet(lane.index, _FENCE)
         finally:
-            _enter(computation)
+            torch.cuda.set_stream(computation)
         computation.wait_stream(lane.stream)
 
     def _meet(self, lane: int, flag: int) -> None:
@@ -250,21 +300,19 @@ def _is_of(fetched: _Fetched, visit: Visit, index: int) -> bool:
     )
 
 
-def _event(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-    return None if stream is None else torch.cuda.Event()
+def _copy(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for to, source in pairs:
+        to.copy_(source)
 
 
-def _enter(stream: torch.cuda.Stream | None) -> None:
-    """What is enqueued from now on is on ``stream``; a context manager takes longer."""
-    if stream is not None:
-        torch.cuda.set_stream(stream)
-
-
-def _record(event: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> None:
-    if event is not None:
-        event.record(stream)
-
-
-def _wait(stream: torch.cuda.Stream | None, event: torch.cuda.Event | None) -> None:
-    if stream is not None and event is not None:
-        stream.wait_event(event)
+def _mean(
+    cell: Cell, parts: Parts, landing: Landing, gradient: torch.Tensor, sums: torch.dtype
+) -> None:
+    if cell.is_empty:
+        return
+    landing.own.copy_(parts.own)
+    out = cell.own_part(gradient)
+    if sums == gradient.dtype:
+        torch.mean(landing.parts, 0, dtype=sums, out=out)
+    else:
+        out.copy_(torch.mean(landing.parts, 0, dtype=sums))
