@@ -41,8 +41,8 @@ from rtp_wrap.verify import check_module, check_uses
 #: Default staging of the ring, bytes per rank: two tiles of 64 MiB in forward, four of 32 MiB in
 #: backward.
 STAGING_BYTES = 128 << 20
-#: Default where tiles are pulled: five slots of 128 MiB, so that most layers need not be cut.
-PEER_STAGING_BYTES = 640 << 20
+#: Default where tiles are pulled: seven slots of 128 MiB, so that most layers need not be cut.
+PEER_STAGING_BYTES = 896 << 20
 #: Default with ``inplace=True``: two tiles of 8 MiB in forward, three of 5 in backward.
 INPLACE_STAGING_BYTES = 16 << 20
 

@@ -86,7 +86,7 @@ class ShardingPolicy:
         where a rotated form exists, else gathered.
     ``staging_bytes``
         the memory for tiles in flight, in bytes per rank, all layers together; larger shards are
-        cut to fit. Default: 640 MiB where tiles are pulled from peers, 128 MiB where they go round
+        cut to fit. Default: 896 MiB where tiles are pulled from peers, 128 MiB where they go round
         a ring, or 16 MiB with ``inplace=True``; never more than the largest rotated layer can use.
     ``transport``
         ``"peer"``: tiles are pulled out of the memory of the rank that has them, by copy engines

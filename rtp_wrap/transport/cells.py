@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from rtp_wrap.shard import Tile, TileGrid
 
-#: The staging is five times the largest cell: two for weights, two for parts of gradients, one
+#: The staging is seven times the largest cell: three for weights, three for parts of gradients, one
 #: where the parts of an owner's tile meet. Smaller cells share the room.
-WEIGHTS, PARTS, LANDING = 2, 2, 1
+WEIGHTS, PARTS, LANDING = 3, 3, 1
 _ALL = WEIGHTS + PARTS + LANDING
 #: Tiles begin on such an address, bytes, so that GEMMs can read them with wide loads.
 ALIGNMENT = 16
+
+
+Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 class PeerError(RuntimeError):
@@ -32,12 +35,18 @@ class PeerMemory(Protocol):
     def of(self, owner: int) -> torch.Tensor:
         """The memory of rank ``owner``, 1-D uint8."""
 
-    def barrier(self, lane: int, flag: int) -> None:
-        """The ranks' work on the current stream goes on when all of them have come here.
+    def barrier(self, lane: int, flag: int, stream: torch.cuda.Stream | None) -> None:
+        """The ranks' work on ``stream`` goes on when all of them have come here.
 
         ``flag`` is 0, 1 or 2, and never the one of the lane's barrier before. May raise
         ``PeerError``.
         """
+
+    def prepared(self, copies: Copies) -> Any:
+        """What ``copy`` takes; pairs are (to, from), contiguous, of the same size and dtype."""
+
+    def copy(self, prepared: Any, stream: torch.cuda.Stream | None) -> None:
+        """Make the copies on ``stream``, one after the other."""
 
 
 def largest_cell(staging_bytes: int) -> int:
@@ -64,7 +73,6 @@ def cells_of(memory: PeerMemory, grid: TileGrid, dtype: torch.dtype) -> list[Cel
 
 
 Tiles = list[tuple[Tile, torch.Tensor]]
-_Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,26 +80,27 @@ class Weights:
     """The tiles of a cell. ``consumed`` are one per owner, or the whole weight at once."""
 
     published: torch.Tensor
-    pulls: _Copies
+    pulls: Any
     consumed: Tiles
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """This rank's parts of the gradients of a cell's tiles, and all ranks' of its own tile."""
+    """This rank's parts of the gradients of a cell's tiles."""
 
+    at: int
     produced: Tiles
     own: torch.Tensor
-    others: list[torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
 class Landing:
     """Where all ranks' parts of this rank's tile meet, ``[ranks, *tile]``."""
 
+    pulls: Any
     parts: torch.Tensor
     own: torch.Tensor
-    others: list[torch.Tensor]
+    other: torch.Tensor  #: of the next rank
 
 
 class Cell:
@@ -109,7 +118,7 @@ class Cell:
         self._places = places
         self._weights: dict[int, Weights] = {}
         self._parts: dict[int, Parts] = {}
-        self._landings: dict[int, Landing] = {}
+        self._landings: dict[tuple[int, int], Landing] = {}
 
     def own_part(self, home: torch.Tensor) -> torch.Tensor:
         """This rank's tile in its home shard, or in something of that shape."""
@@ -130,11 +139,13 @@ class Cell:
                 self._parts[at] = self._places.parts(at)
         return self._parts[at]
 
-    def landing(self, at: int) -> Landing:
-        if at not in self._landings:
+    def landing(self, at: int, parts_at: int) -> Landing:
+        """Where parts that lie at ``parts_at`` meet."""
+        key = at, parts_at
+        if key not in self._landings:
             with torch.inference_mode(False):
-                self._landings[at] = self._places.landing(at)
-        return self._landings[at]
+                self._landings[key] = self._places.landing(at, parts_at)
+        return self._landings[key]
 
 
 class _Places:
@@ -165,17 +176,18 @@ class _Places:
         me, others = self._memory.rank, self._order[1:]
         owners = [owner for owner in others if self._tiles[owner].numel]
         pulls = [(self._place(me, at, o), self._place(o, at, o)) for o in owners]
-        return Weights(self._place(me, at, me), pulls, self._consumed(at))
+        return Weights(self._place(me, at, me), self._memory.prepared(pulls), self._consumed(at))
 
     def parts(self, at: int) -> Parts:
-        me, others = self._memory.rank, self._order[1:]
-        theirs = [self._place(other, at, me) for other in others]
-        return Parts(self._consumed(at), self._place(me, at, me), theirs)
+        me = self._memory.rank
+        return Parts(at, self._consumed(at), self._place(me, at, me))
 
-    def landing(self, at: int) -> Landing:
-        me, others = self._memory.rank, self._order[1:]
+    def landing(self, at: int, parts_at: int) -> Landing:
+        me = self._memory.rank
         parts = self._view(me, at, (len(self._order), *self._own_shape))
-        return Landing(parts, parts[me], [parts[other] for other in others])
+        others = self._order[1:] if self._tiles[me].numel else []
+        pulls = [(parts[other], self._place(other, parts_at, me)) for other in others]
+        return Landing(self._memory.prepared(pulls), parts, parts[me], parts[self._order[1]])
 
     def _consumed(self, at: int) -> Tiles:
         """The tiles in this rank's memory that products are made with."""

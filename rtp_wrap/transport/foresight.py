@@ -18,6 +18,9 @@ class Visit:
     cells: list[Cell]
 
 
+Context = tuple[str, str]
+
+
 class Foresight:
     """Learns which visit follows which two others.
 
@@ -27,8 +30,9 @@ class Foresight:
     """
 
     def __init__(self) -> None:
-        self._next: dict[tuple[str, str], Visit | None] = {}
-        self._last = ("", "")
+        self._next: dict[Context, Visit | None] = {}
+        #: The latest visit, by its event and that of the one before.
+        self.context: Context = ("", "")
         self._begun = True
 
     def begin(self) -> None:
@@ -42,11 +46,10 @@ class Foresight:
 
     def visit(self, now: Visit) -> None:
         """This is what came."""
-        self._next[self._last] = None if self._begun else now
+        self._next[self.context] = None if self._begun else now
         self._begun = False
-        self._last = self._last[1], now.event
+        self.context = self.context[1], now.event
 
-    @property
-    def upcoming(self) -> Visit | None:
-        """What came next the last time."""
-        return self._next.get(self._last)
+    def after(self, context: Context) -> Visit | None:
+        """What came after those two the last time."""
+        return self._next.get(context)

@@ -21,13 +21,15 @@ cell k - 1: so others may lie there from cell k + 1 on.
 
 On a GPU the lanes have nothing but barriers and pulls, which take no multiprocessor. Copies within
 a GPU do: a large GEMM leaves none free until it ends, and would hold up a lane with such a copy. So
-a cell is published by the computation's own stream, one cell ahead of its use, and averages, which
-nothing waits for but who takes the gradient, have a stream of their own.
+a cell is published by the computation's own stream, two cells ahead of its use, and averages, which
+nothing waits for but who takes the gradient, have a stream of their own. Two cells ahead, and three
+slots in an area, so that a rank can be late by about a layer before another one waits for it: ranks
+run apart by a millisecond and together again all the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +48,7 @@ from rtp_wrap.transport.cells import (
     cut,
     largest_cell,
 )
-from rtp_wrap.transport.foresight import Foresight, Visit
+from rtp_wrap.transport.foresight import Context, Foresight, Visit
 from rtp_wrap.versions import versions_of
 
 #: The flag of barriers that are none of a cell's; theirs are 0 and 1, in turn.
@@ -59,6 +61,7 @@ class _Fetched:
 
     visit: Visit
     index: int
+    context: Context
     versions: tuple[int, int]
     tiles: Tiles
     come: torch.cuda.Event | None
@@ -116,7 +119,7 @@ class PeerTransport:
             self._averaged = _Events()
         self._cells: dict[tuple[torch.Size, int, torch.dtype], list[Cell]] = {}
         self._foresight = Foresight()
-        self._ahead: _Fetched | None = None
+        self._ahead: deque[_Fetched] = deque()
         #: How many there were.
         self.barriers = 0
 
@@ -134,25 +137,36 @@ class PeerTransport:
         self._foresight.begin()
 
     def pull(self, visit: Visit, index: int) -> Tiles:
-        """The tiles of a cell, valid until the next call; the cell after it is fetched as well."""
-        now, self._ahead = self._ahead, None
-        if self._foresight.begun:
+        """The tiles of a cell, valid until the next call; those after it are fetched as well."""
+        begun = self._foresight.begun
+        if begun:
             for area in (self._weights.area, self._gradients.area, self._landings):
                 area.rewind()
-        if now is None or self._foresight.begun or not _is_of(now, visit, index):
-            now = self._fetch(visit, index)
         if index == 0:
             self._foresight.visit(visit)
-        if self._overlap:
-            if index + 1 < len(visit.cells):
-                self._ahead = self._fetch(visit, index + 1)
-            elif (upcoming := self._foresight.upcoming) is not None:
-                self._ahead = self._fetch(upcoming, 0)
+        if self._ahead and not begun and _is_of(self._ahead[0], visit, index):
+            now = self._ahead.popleft()
+        else:
+            self._ahead.clear()
+            now = self._fetch(visit, index, self._foresight.context)
+        self._look_ahead(now)
         if now.come is not None:
             torch.cuda.current_stream(self._device).wait_event(now.come)
         return now.tiles
 
-    def _fetch(self, visit: Visit, index: int) -> _Fetched:
+    def _look_ahead(self, now: _Fetched) -> None:
+        while self._overlap and len(self._ahead) < WEIGHTS - 1:
+            last = self._ahead[-1] if self._ahead else now
+            if last.index + 1 < len(last.visit.cells):
+                fetched = self._fetch(last.visit, last.index + 1, last.context)
+            else:
+                upcoming = self._foresight.after(last.context)
+                if upcoming is None:
+                    return
+                fetched = self._fetch(upcoming, 0, (last.context[1], upcoming.event))
+            self._ahead.append(fetched)
+
+    def _fetch(self, visit: Visit, index: int, context: Context) -> _Fetched:
         """Publish this rank's tile of a cell, and pull those of the others."""
         lane, cell, computation = self._weights, visit.cells[index], self._computation()
         number = self._next(lane)
@@ -161,25 +175,20 @@ class PeerTransport:
         weights = cell.weights(at)
         if not cell.is_empty:
             weights.published.copy_(cell.own_part(visit.weight._local_tensor))
-        if computation is None:
-            self._meet(lane.index, number & 1)
-            _copy(weights.pulls)
-            come = None
-        else:
-            assert lane.stream is not None
+        come = None
+        if computation is not None and lane.stream is not None:
+            # The computation is done with what was there before: it published after that.
             lane.given.of(number).record(computation)
-            torch.cuda.set_stream(lane.stream)
-            try:
-                # The computation is done with what was there before: it published after that.
-                lane.stream.wait_event(lane.given.of(number))
-                self._meet(lane.index, number & 1)
-                lane.met.of(number).record(lane.stream)
-                _copy(weights.pulls)
-                come = lane.come.of(number)
-                come.record(lane.stream)
-            finally:
-                torch.cuda.set_stream(computation)
-        return _Fetched(visit, index, versions_of(visit.weight), weights.consumed, come)
+            lane.stream.wait_event(lane.given.of(number))
+        self._meet(lane, number & 1)
+        if lane.stream is not None:
+            lane.met.of(number).record(lane.stream)
+        self._memory.copy(weights.pulls, lane.stream)
+        if lane.stream is not None:
+            come = lane.come.of(number)
+            come.record(lane.stream)
+        versions = versions_of(visit.weight)
+        return _Fetched(visit, index, context, versions, weights.consumed, come)
 
     def gradient(self, home: torch.Tensor) -> torch.Tensor:
         """Memory for the gradient of a home shard, to be finished on ``gradient_stream``."""
@@ -205,35 +214,31 @@ class PeerTransport:
         lane, computation, finish = self._gradients, self._computation(), self.gradient_stream
         number = lane.number
         at, before = self._landings.take(cell.landing_nbytes, number)
-        landing = cell.landing(at)
-        pulls = zip(landing.others, parts.others, strict=True) if not cell.is_empty else ()
-        if computation is None:
-            self._meet(lane.index, number & 1)
-            _copy(pulls)
+        landing = cell.landing(at, parts.at)
+        if computation is None or lane.stream is None or finish is None:
+            self._meet(lane, number & 1)
+            self._memory.copy(landing.pulls, None)
             _mean(cell, parts, landing, gradient, sums)
             return
-        assert lane.stream is not None
-        assert finish is not None
         lane.given.of(number).record(computation)
-        torch.cuda.set_stream(lane.stream)
+        lane.stream.wait_event(lane.given.of(number))
+        self._meet(lane, number & 1)
+        lane.met.of(number).record(lane.stream)
+        lane.stream.wait_event(self._averaged.of(before))
+        self._memory.copy(landing.pulls, lane.stream)
+        lane.come.of(number).record(lane.stream)
+        finish.wait_event(lane.come.of(number))
+        torch.cuda.set_stream(finish)  # a context manager takes longer
         try:
-            lane.stream.wait_event(lane.given.of(number))
-            self._meet(lane.index, number & 1)
-            lane.met.of(number).record(lane.stream)
-            lane.stream.wait_event(self._averaged.of(before))
-            _copy(pulls)
-            lane.come.of(number).record(lane.stream)
-            torch.cuda.set_stream(finish)
-            finish.wait_event(lane.come.of(number))
             _mean(cell, parts, landing, gradient, sums)
-            self._averaged.of(number).record(finish)
         finally:
             torch.cuda.set_stream(computation)
+        self._averaged.of(number).record(finish)
 
     def settle(self) -> None:
         """After an exception: what is still under way comes before anything else."""
         self._foresight.begin()
-        self._ahead = None
+        self._ahead.clear()
         computation = self._computation()
         if computation is not None:
             for stream in (self._weights.stream, self._gradients.stream, self.gradient_stream):
@@ -269,20 +274,14 @@ class PeerTransport:
     def _fence(self, lane: _Lane) -> None:
         """A barrier that is none of a cell's: all pulls of before it are over."""
         computation = self._computation()
-        if computation is None or lane.stream is None:
-            self._meet(lane.index, _FENCE)
-            return
-        lane.stream.wait_stream(computation)
-        torch.cuda.set_stream(lane.stream)
-        try:
-            self._meet(lane.index, _FENCE)
-        finally:
-            torch.cuda.set_stream(computation)
-        computation.wait_stream(lane.stream)
+        if computation is not None and lane.stream is not None:
+            lane.stream.wait_stream(computation)
+            self._meet(lane, _FENCE)
+            computation.wait_stream(lane.stream)
 
-    def _meet(self, lane: int, flag: int) -> None:
+    def _meet(self, lane: _Lane, flag: int) -> None:
         self.barriers += 1
-        self._memory.barrier(lane, flag)
+        self._memory.barrier(lane.index, flag, lane.stream)
 
     def _stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.Stream(self._device, priority=-1) if self._concurrent else None
@@ -300,18 +299,16 @@ def _is_of(fetched: _Fetched, visit: Visit, index: int) -> bool:
     )
 
 
-def _copy(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    for to, source in pairs:
-        to.copy_(source)
-
-
 def _mean(
     cell: Cell, parts: Parts, landing: Landing, gradient: torch.Tensor, sums: torch.dtype
 ) -> None:
     if cell.is_empty:
         return
-    landing.own.copy_(parts.own)
     out = cell.own_part(gradient)
+    if len(landing.parts) == 2 and parts.own.dtype == sums == gradient.dtype:
+        torch.lerp(parts.own, landing.other, 0.5, out=out)  # in one pass, without a copy
+        return
+    landing.own.copy_(parts.own)
     if sums == gradient.dtype:
         torch.mean(landing.parts, 0, dtype=sums, out=out)
     else:

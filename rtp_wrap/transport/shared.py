@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from rtp_wrap.host_group import host_group
-from rtp_wrap.transport.cells import PeerError
+from rtp_wrap.transport.cells import Copies, PeerError
 
 _DIRECTORY = Path("/dev/shm")
 
@@ -50,7 +50,16 @@ class SharedMemory:
         """The memory of rank ``owner``, 1-D uint8."""
         return self._all[owner]
 
-    def barrier(self, lane: int, flag: int) -> None:
+    def prepared(self, copies: Copies) -> Copies:
+        """The copies themselves."""
+        return copies
+
+    def copy(self, prepared: Copies, stream: object = None) -> None:
+        """Make them, at once."""
+        for to, source in prepared:
+            to.copy_(source)
+
+    def barrier(self, lane: int, flag: int, stream: object = None) -> None:
         """Go on when every rank has come here. ``PeerError`` after the group's timeout."""
         try:
             self._host.barrier().wait()
