@@ -28,7 +28,12 @@ def gather(parameter: DTensor, ring: Ring, fqn: str, dtype: torch.dtype) -> torc
     All ranks of the ring must call it together, and run its backward together.
     """
     if torch.is_grad_enabled() and parameter.requires_grad:
-        whole: torch.Tensor = _Gather.apply(parameter, ring.key, fqn, dtype)
+        alias: torch.Tensor = parameter
+        if ring.gradient_stream is not None:
+            # Where rotated weights' gradients come from: a parameter that is both has one place.
+            with torch.cuda.stream(ring.gradient_stream):
+                alias = parameter.view_as(parameter)
+        whole: torch.Tensor = _Gather.apply(alias, [parameter], ring.key, fqn, dtype)
         return whole
     return _whole(parameter, ring, f"{fqn} gather", dtype)
 
@@ -45,8 +50,14 @@ def _whole(parameter: DTensor, ring: Ring, event: str, dtype: torch.dtype) -> to
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, parameter: DTensor, key: str, fqn: str, dtype: torch.dtype
+        ctx: Any,
+        alias: DTensor,
+        parameters: list[DTensor],
+        key: str,
+        fqn: str,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
+        (parameter,) = parameters  # in a list, where autograd does not look
         ctx.ring, ctx.fqn, ctx.parameter = resolve(key), fqn, parameter
         ctx.written = WriteCheck(parameter, fqn, ctx.ring)
         whole = _whole(parameter, ctx.ring, f"{fqn} gather", dtype)
@@ -54,7 +65,7 @@ class _Gather(torch.autograd.Function):
         return whole.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor, None, None, None, None]:
         refuse_double_backward(ctx.fqn)
         ctx.written.check()
         ring: Ring = ctx.ring
@@ -68,7 +79,11 @@ class _Gather(torch.autograd.Function):
             dense = dense / before
         total = DTensor.from_local(dense, mesh, [Partial()], run_check=False)
         summed: Any = total.redistribute(placements=placements)
-        return (summed / (ring.world_size // before)).to(ctx.parameter.dtype), None, None, None
+        gradient: DTensor = (summed / (ring.world_size // before)).to(ctx.parameter.dtype)
+        if ring.gradient_stream is not None:
+            # Autograd adds it up there, and would record that for a plain tensor alone.
+            gradient._local_tensor.record_stream(ring.gradient_stream)
+        return gradient, None, None, None, None
 
 
 PackHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]

@@ -134,6 +134,8 @@ class Ring:
 
     def _follow_stream(self) -> None:
         """The staging is shared by all streams, so work that uses it must not overlap."""
+        if torch.cuda.is_current_stream_capturing():
+            return  # a graph cannot wait for what is outside of it
         stream = torch.cuda.current_stream(self.device)
         if self._stream is not None and self._stream != stream:
             stream.wait_stream(self._stream)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 from unittest.mock import patch
 
 import pytest
 
 from rtp_wrap.lockstep import Lockstep
+from rtp_wrap.ring import Ring
+from rtp_wrap.transport.choice import VARIABLE
 
 dims = pytest.mark.parametrize("dim", [0, 1])
 modes = pytest.mark.parametrize("inplace", [False, True], ids=["overlap", "inplace"])
@@ -16,6 +21,25 @@ modes = pytest.mark.parametrize("inplace", [False, True], ids=["overlap", "inpla
 #: The least staging: slots of 256 bytes, 32 numbers in fp64, in a backward; of twice that where no
 #: weights travel (embeddings).
 TINY = 1024
+
+
+Rank = TypeVar("Rank", bound=Callable[..., Any])
+
+
+def by_ring(function: Rank) -> Rank:
+    """What a rank does, with models that it wraps by hops: the test looks into those."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with patch.dict(os.environ, {VARIABLE: "ring"}):
+            return function(*args, **kwargs)
+
+    return cast(Rank, wrapped)
+
+
+def no_communication() -> Any:
+    """A context in which no rotation may begin."""
+    return patch.object(Ring, "begin", side_effect=AssertionError("no communication"))
 
 
 @contextmanager

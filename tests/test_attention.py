@@ -10,7 +10,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
@@ -35,7 +34,6 @@ from rtp_wrap import (
 from rtp_wrap.modules import Adopted
 from rtp_wrap.modules.attention import RotatedMultiheadAttention
 from rtp_wrap.modules.linear import RotatedLinear
-from rtp_wrap.transport import PointToPoint
 from tests.parity import FP64, check_parity, full, mean_square
 from tests.ranks import (
     DEVICE_TYPE,
@@ -46,7 +44,7 @@ from tests.ranks import (
     multi_world_sizes,
     run_ranks,
 )
-from tests.rotated import TINY, events
+from tests.rotated import TINY, events, no_communication
 
 #: Everything that can be rotated is, whatever its size.
 ROTATE = ShardingPolicy(replicate_below=0)
@@ -617,7 +615,7 @@ def _wrong_inputs() -> None:
          "attn_mask is torch.int64: give a bool or a float mask"),
     ):  # fmt: skip
         with (
-            patch.object(PointToPoint, "post", side_effect=AssertionError("no communication")),
+            no_communication(),
             pytest.raises(error, match=rf"^inner: .*{message}"),
         ):
             layer(*(each.to(device()) for each in inputs), **options)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
@@ -36,7 +35,6 @@ from rtp_wrap import (
 )
 from rtp_wrap.modules.conv import RotatedConv, RotatedConvTranspose
 from rtp_wrap.shard import TileGrid
-from rtp_wrap.transport import PointToPoint
 from tests.parity import FP64, check_parity, full, mean_square, sgd
 from tests.ranks import (
     DEVICE_TYPE,
@@ -46,7 +44,7 @@ from tests.ranks import (
     multi_world_sizes,
     run_ranks,
 )
-from tests.rotated import TINY, dims
+from tests.rotated import TINY, by_ring, dims, no_communication
 
 #: One that divides most sizes and one that does not; the property test has all.
 few_world_sizes = pytest.mark.parametrize("world_size", [2, 3])
@@ -449,6 +447,7 @@ class _Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@by_ring  # peers have whole weights for tiles
 def _count(transposed: bool, groups: int, dim: int) -> int:
     layer = CONVS[transposed][0](96, 96, 2, groups=groups, device=device())
     wrapped = RotatedTensorParallel(layer, policy=_policy(dim))
@@ -693,7 +692,7 @@ def _wrong_inputs() -> None:
             (long, TypeError, r"^0: input is torch.int64 but"),
         ):
             with (
-                patch.object(PointToPoint, "post", side_effect=AssertionError("communicates")),
+                no_communication(),
                 pytest.raises(error, match=message),
             ):
                 wrapped(x.to(device()))

@@ -46,7 +46,7 @@ from tests.ranks import (
     multi_world_sizes,
     run_ranks,
 )
-from tests.rotated import TINY, dims
+from tests.rotated import TINY, by_ring, dims, no_communication
 
 FORMS = (RotatedEmbedding, RotatedEmbeddingBag)
 
@@ -430,6 +430,7 @@ def test_memory_is_written_before_it_is_read(world_size: int) -> None:
     run_ranks(world_size, _poisoned)
 
 
+@by_ring
 def _traffic(frozen: bool) -> tuple[list[int], int]:
     """How many transfers each hop has, of forward and backward, and what is kept in between."""
     layer = nn.Embedding.from_pretrained(torch.randn(11, 6), freeze=frozen).to(device())
@@ -537,7 +538,7 @@ def _wrong_ids() -> None:
         if error is not ValueError:
             ids = ids.to(device())
         with (
-            patch.object(PointToPoint, "post", side_effect=AssertionError("no communication")),
+            no_communication(),
             pytest.raises(error, match=message),
         ):
             wrapped(ids)

@@ -53,6 +53,15 @@ def failing_product(number: int) -> Iterator[None]:
         yield
 
 
+def products_of_a_forward(model: nn.Module, x: torch.Tensor) -> int:
+    """How many there are: one for every tile, or for every layer."""
+    with mock.patch.object(
+        rtp_wrap.ops.linear, "_add_product", wraps=rtp_wrap.ops.linear._add_product
+    ) as product:
+        model(x)
+    return product.call_count
+
+
 def _build() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 7))
 
@@ -76,14 +85,14 @@ def _train(model: nn.Module, x: torch.Tensor, optimizer: torch.optim.Optimizer) 
 
 
 def _on_all_ranks() -> None:
-    world_size = dist.get_world_size()
-    forward = 3 * world_size  # products in a forward of the model
     whole, own = _data()
     for inplace in (False, True):
         dense, wrapped = _pair(inplace=inplace)
         optimizers = [sgd(dense.parameters()), sgd(wrapped.parameters())]
+        forward = products_of_a_forward(wrapped, own)
+        layer = forward // 3
         # The first and the last product of a rotation, and some within; forward and backward.
-        for number in (0, world_size - 1, world_size + 1, forward, forward + 1, forward + 3):
+        for number in (0, layer - 1, layer + 1, forward, forward + 1, forward + 3):
             with failing_product(number), pytest.raises(InjectedError):
                 _train(wrapped, own, optimizers[1])
             _train(dense, whole, optimizers[0])
@@ -133,7 +142,7 @@ def test_exceptions_between_rotations_are_followed_by_a_good_step(world_size: in
     run_ranks(world_size, _outside)
 
 
-def _on_one_rank(number: int, inplace: bool, failing: int) -> tuple[float, list[str]]:
+def _on_one_rank(where: str, inplace: bool, failing: int) -> tuple[float, list[str]]:
     """How long the first error took, and the kinds of all errors, in a loop that goes on."""
     group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
     _, wrapped = _pair(group=group, inplace=inplace)
@@ -142,6 +151,8 @@ def _on_one_rank(number: int, inplace: bool, failing: int) -> tuple[float, list[
     _train(wrapped, own, optimizer)
     optimizer.step()  # all is well so far
     before = [p._local_tensor.clone() for p in wrapped.parameters()]  # type: ignore[attr-defined]
+    forward = products_of_a_forward(wrapped, own)
+    number = 1 + (forward // 3 if where == "forward" else forward)
     errors: list[str] = []
     first = time.monotonic()
     for step in range(3):
@@ -178,9 +189,7 @@ def _on_one_rank(number: int, inplace: bool, failing: int) -> tuple[float, list[
 def test_an_exception_on_one_rank_is_an_error_on_the_others_in_time(
     world_size: int, where: str, inplace: bool
 ) -> None:
-    forward = 3 * world_size
-    number = world_size + 1 if where == "forward" else forward + 1
-    outcomes = run_ranks(world_size, _on_one_rank, number, inplace, world_size - 1)
+    outcomes = run_ranks(world_size, _on_one_rank, where, inplace, world_size - 1)
     # The rank that raised does not touch the ring again before all ranks have compared; NCCL, which
     # ignores tags, would pair its hops with those of another layer.
     assert outcomes[-1][1][:2] == ["InjectedError", "OutOfStepError"]

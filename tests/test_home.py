@@ -27,7 +27,7 @@ from tests.ranks import DEVICE_TYPE, all_world_sizes, device, run_ranks
 
 def _ring() -> Ring:
     mesh = init_device_mesh(DEVICE_TYPE, (dist.get_world_size(),))
-    return Ring(mesh, device(), 0, overlap=True)
+    return Ring(mesh, device(), overlap=True)
 
 
 def _on_rank_0(tensor: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,9 @@ TILE = Tile(0, 2, 0, 3)
 
 def _ring(overlap: bool = True, staging_bytes: int = 1024) -> Ring:
     mesh = DeviceMesh.from_group(dist.group.WORLD, DEVICE_TYPE)
-    return Ring(mesh, device(), staging_bytes, overlap=overlap)
+    ring = Ring(mesh, device(), overlap=overlap)
+    ring.open("ring", staging_bytes)
+    return ring
 
 
 @contextmanager

@@ -28,7 +28,6 @@ from torch.nn.parallel import DistributedDataParallel
 from rtp_wrap import Gather, Replicate, Rotate, RotatedTensorParallel, ShardingPolicy
 from rtp_wrap.hops import Rotation
 from rtp_wrap.shard import TileGrid
-from rtp_wrap.transport import PointToPoint
 from tests.parity import FP64, check_parity, full, mean_square, sgd
 from tests.ranks import (
     DEVICE_TYPE,
@@ -39,7 +38,7 @@ from tests.ranks import (
     multi_world_sizes,
     run_ranks,
 )
-from tests.rotated import TINY, dims, modes
+from tests.rotated import TINY, by_ring, dims, modes, no_communication
 
 
 def _policy(dim: int = 0, staging_bytes: int | None = None, bias: Any = None) -> ShardingPolicy:
@@ -523,7 +522,7 @@ def _wrong_inputs() -> None:
         (torch.zeros(3, 6, dtype=torch.long), TypeError, r"^0: input is torch.int64 but"),
     ):
         with (
-            patch.object(PointToPoint, "post", side_effect=AssertionError("no communication")),
+            no_communication(),
             pytest.raises(error, match=message),
         ):
             wrapped(x.to(device()))
@@ -574,6 +573,7 @@ def test_a_weight_written_between_forward_and_backward_is_refused_by_name(world_
     run_ranks(world_size, _write_before_backward)
 
 
+@by_ring
 def _raise_inside(at: int, inplace: bool) -> None:
     dense, wrapped = _wrapped(inplace=inplace)
     x = _random(3, 6, seed=0).to(device())

@@ -38,6 +38,7 @@ from tests.ranks import (
     multi_world_sizes,
     run_ranks,
 )
+from tests.rotated import by_ring
 
 SHARDED = ShardingPolicy(replicate_below=0)
 GATHERED = {"*": Gather()}
@@ -187,12 +188,19 @@ def _ring(wrapped: RotatedTensorParallel) -> Ring:
     return adoption.ring
 
 
+def _staging(ring: Ring) -> list[torch.Tensor]:
+    """The memory that tiles are in."""
+    if ring.peers is None:
+        return list(ring.staging.slots(2))
+    return [ring.peers._memory.of(rank) for rank in range(ring.world_size)]
+
+
 def _known(wrapped: RotatedTensorParallel) -> list[torch.Tensor]:
     """Home shards, staging and the lockstep's few bytes, which are always there."""
     homes = [parameter.to_local() for parameter in wrapped.parameters()]
     ring = _ring(wrapped)
     buffers = [ring.lockstep.buffer] if ring.world_size > 1 else []
-    return [*homes, *ring.staging.slots(2), *buffers]
+    return [*homes, *_staging(ring), *buffers]
 
 
 def _input(model: type[Convolutions]) -> torch.Tensor:
@@ -298,6 +306,7 @@ def test_gradients_are_one_nth_at_all_times(world_size: int) -> None:
     run_ranks(world_size, _check_gradients)
 
 
+@by_ring
 def _check_staging() -> None:
     def stack(width: int, depth: int) -> Callable[[], nn.Module]:
         return lambda: nn.Sequential(*[nn.Linear(width, width) for _ in range(depth)])
@@ -386,7 +395,7 @@ def _check_deleted() -> None:
                 assert all(ref.expired() for ref in before), "the whole weights are alive"
             mean_square(wrapped(_input(model))).backward()
             ring = weakref.ref(_ring(wrapped))
-            slot = _ring(wrapped).staging.slots(2)[0].untyped_storage()
+            slot = _staging(_ring(wrapped))[dist.get_rank() % 2].untyped_storage()
             staging = StorageWeakRef(slot)
             homes = [StorageWeakRef(p.to_local().untyped_storage()) for p in wrapped.parameters()]
             del slot, wrapped, original

@@ -308,7 +308,7 @@ class _Allocations(torch.utils._python_dispatch.TorchDispatchMode):
         if isinstance(result, torch.Tensor) and function.name().startswith(
             ("aten::empty", "aten::new")
         ):
-            self.sizes.append(result.numel())
+            self.sizes.extend([result.numel()] if result.numel() else [])
         return result
 
 

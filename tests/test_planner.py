@@ -30,6 +30,7 @@ from rtp_wrap import (
 from rtp_wrap.transport import PointToPoint
 from tests.parity import full, mean_square
 from tests.ranks import all_world_sizes, device, multi_world_sizes, run_ranks
+from tests.rotated import by_ring
 from tests.test_trace import Gated
 
 
@@ -68,6 +69,7 @@ POLICIES = {
 IDS = torch.tensor([[1, 2, 3], [4, 5, 12]])
 
 
+@by_ring
 def _check_predictions(name: str, precision: MixedPrecisionPolicy, inplace: bool) -> None:
     options: dict[str, Any] = {
         "policy": POLICIES[name],

@@ -21,6 +21,7 @@ from rtp_wrap import Gather, Replicate, Rotate, RotatedTensorParallel, ShardingP
 from rtp_wrap.shard import extent
 from tests.parity import FP64, check_parity, compare_gradients, compare_weights, full, sgd
 from tests.ranks import all_world_sizes, device, in_turns, multi_world_sizes, run_ranks
+from tests.rotated import by_ring
 
 #: Everything sharded, uneven sizes included: 7 and 10 do not divide by 2, 3 and 4.
 ROTATE = ShardingPolicy(replicate_below=0)
@@ -350,6 +351,7 @@ class _Peak(torch.utils._python_dispatch.TorchDispatchMode):
         return result
 
 
+@by_ring  # peers have the parts of a whole cell in the staging
 def _one_over_n() -> None:
     _, wrapped = pair(lambda: nn.Sequential(nn.Linear(6, 96), nn.Tanh(), nn.Linear(96, 64)))
     weight: Any = wrapped[2].weight

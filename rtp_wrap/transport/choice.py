@@ -23,6 +23,7 @@ log = logging.getLogger("rtp_wrap")
 
 #: Stands in for ``"auto"``, for a program whose source should stay as it is.
 VARIABLE = "RTP_WRAP_TRANSPORT"
+_PREFER_PEER = "peer, if it can be"
 #: Sequences of barriers: of weights and of gradients.
 LANES = 2
 
@@ -38,14 +39,18 @@ class _Facts:
 
 
 def wanted(transport: str) -> str:
-    """The policy's transport, or what the environment says in the place of ``"auto"``."""
-    if transport == "auto":
-        transport = os.environ.get(VARIABLE) or "auto"
-    if transport not in TRANSPORTS:
+    """The policy's transport; in the place of ``"auto"`` what the environment prefers, if anything.
+
+    A preference does without the other transport only where it must.
+    """
+    preferred = os.environ.get(VARIABLE)
+    if transport != "auto" or not preferred:
+        return transport
+    if preferred not in TRANSPORTS:
         raise ValueError(
-            f"{VARIABLE}={transport!r}: give one of {', '.join(map(repr, TRANSPORTS))}"
+            f"{VARIABLE}={preferred!r}: give one of {', '.join(map(repr, TRANSPORTS))}"
         )
-    return transport
+    return _PREFER_PEER if preferred == "peer" else preferred
 
 
 def candidates(transport: str, group: dist.ProcessGroup, device: torch.device) -> tuple[str, ...]:
@@ -57,14 +62,16 @@ def candidates(transport: str, group: dist.ProcessGroup, device: torch.device) -
     """
     if group.size() == 1 or transport == "ring":
         return ("ring",)
+    if transport == "auto" and device.type != "cuda":
+        return ("ring",)
     obstacle = _obstacle(_exchanged(_facts(device), group), on_gpus=device.type == "cuda")
+    if not obstacle:
+        return ("peer",) if transport == "peer" else ("peer", "ring")
     if transport == "peer":
-        if obstacle:
-            raise ValueError(f"transport='peer' cannot be used: {obstacle}; use 'auto'")
-        return ("peer",)
-    if obstacle and group.rank() == 0:
+        raise ValueError(f"transport='peer' cannot be used: {obstacle}; use 'auto'")
+    if group.rank() == 0:
         log.info("transport 'ring', not 'peer': %s", obstacle)
-    return ("ring",) if obstacle or device.type != "cuda" else ("peer", "ring")
+    return ("ring",)
 
 
 def likely(transport: str, world_size: int) -> tuple[str, ...]:
@@ -75,7 +82,8 @@ def likely(transport: str, world_size: int) -> tuple[str, ...]:
         return ("peer",)
     gpus = range(world_size if torch.cuda.device_count() >= world_size else 0)
     reads = [torch.cuda.can_device_access_peer(a, b) for a in gpus for b in gpus if a != b]
-    return ("peer", "ring") if reads and all(reads) else ("ring",)
+    both = all(reads) if reads else transport == _PREFER_PEER
+    return ("peer", "ring") if both else ("ring",)
 
 
 def open_memory(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> PeerMemory:

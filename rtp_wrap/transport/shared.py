@@ -27,7 +27,6 @@ class SharedMemory:
     ) -> None:
         self.rank, self.world_size = group.rank(), group.size()
         self._nbytes = nbytes
-        self._store, self._host = host_group(group)
         directory = _DIRECTORY if _DIRECTORY.is_dir() else None
         handle, name = tempfile.mkstemp(prefix="rtp-", dir=directory)
         os.close(handle)
@@ -37,6 +36,7 @@ class SharedMemory:
     def meet(self, group: dist.ProcessGroup) -> None:
         """Open the memory of all ranks. All ranks call this together."""
         try:
+            self._store, self._host = host_group(group)
             self._store.set(f"memory-{self.rank}", str(self._path))
             names = [self._store.get(f"memory-{rank}") for rank in range(self.world_size)]
             self._all = [_mapped(name.decode(), self._nbytes) for name in names]

@@ -22,7 +22,7 @@ class Watchdog:
     """
 
     def __init__(self, lanes: int, timeout: timedelta, rank: int) -> None:
-        self.done = torch.zeros(lanes, dtype=torch.int32, pin_memory=True)
+        self.done = torch.zeros(lanes, dtype=torch.int32, device="cpu", pin_memory=True)
         self.enqueued = [0] * lanes
         stop = threading.Event()
         arguments = self.done, self.enqueued, timeout.total_seconds(), rank, stop

@@ -1,0 +1,346 @@
+"""The peer transport: by shared memory on CPUs, by copy engines on GPUs; results as by hops.
+
+What it has in common with the ring is tested with every rotated layer, by whichever transport
+RTP_WRAP_TRANSPORT and the device make of ``"auto"``. Here both are forced.
+"""
+
+from __future__ import annotations
+
+import os
+from copy import deepcopy
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import rtp_wrap
+from rtp_wrap import MixedPrecisionPolicy, Rotate, RotatedTensorParallel, ShardingPolicy
+from rtp_wrap.transport.area import WINDOW, Area
+from rtp_wrap.transport.choice import VARIABLE
+from rtp_wrap.transport.peer import PeerTransport
+from tests.parity import FP64, mean_square
+from tests.ranks import (
+    DEVICE_TYPE,
+    all_world_sizes,
+    device,
+    multi_world_sizes,
+    run_ranks,
+)
+
+SMALL = 7 * 4 * 64  # seven slots in which four tiles of 8 numbers in fp64 fit
+
+
+def _policy(transport: str = "peer", staging_bytes: int | None = None) -> ShardingPolicy:
+    return ShardingPolicy(replicate_below=0, transport=transport, staging_bytes=staging_bytes)
+
+
+class Model(nn.Module):
+    """Layers cut along rows, one that is used twice, a checkpointed one, a tied table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(13, 10)
+        self.first = nn.Linear(10, 24)
+        self.twice = nn.Linear(24, 24)
+        self.again = nn.Linear(24, 10, bias=False)
+        self.head = nn.Linear(10, 13, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.first(self.table(ids)).tanh()
+        x = self.twice(self.twice(x).tanh()).tanh()
+        x = checkpoint(lambda x: self.again(x).tanh(), x, use_reentrant=False)
+        return self.head(x)
+
+
+def _pair(**wrap: Any) -> tuple[nn.Module, RotatedTensorParallel]:
+    torch.manual_seed(0)
+    dense = Model().to(device(), torch.float64)
+    return dense, RotatedTensorParallel(deepcopy(dense), **wrap)
+
+
+def _ids(step: int, rank: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    return torch.randint(13, (4, 5), generator=generator).to(device())
+
+
+def _compare(dense: nn.Module, wrapped: RotatedTensorParallel, steps: int = 3) -> None:
+    """Both train, the dense one on all ranks' batches; the last loss stays alive."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    optimizers = [
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (dense, wrapped)
+    ]
+    for step in range(steps):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for each in range(ranks):
+            (mean_square(dense(_ids(step, each))) / ranks).backward()
+        loss = mean_square(wrapped(_ids(step, rank)))
+        loss.backward()
+        for name, parameter in wrapped.named_parameters():
+            assert parameter.grad is not None
+            expected = dense.get_parameter(name).grad
+            torch.testing.assert_close(parameter.grad.full_tensor(), expected, **FP64)
+        for optimizer in optimizers:
+            optimizer.step()
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(_ids(9, rank)), dense(_ids(9, rank)), **FP64)
+
+
+def _train(inplace: bool, staging_bytes: int | None) -> str:
+    dense, wrapped = _pair(policy=_policy(staging_bytes=staging_bytes), inplace=inplace)
+    _compare(dense, wrapped)
+    return wrapped.transport
+
+
+@all_world_sizes
+@pytest.mark.parametrize("inplace", [False, True])
+def test_training_is_that_of_the_dense_model(world_size: int, inplace: bool) -> None:
+    """With whole layers in a slot, and cut into many cells."""
+    expected = ["peer" if world_size > 1 else "ring"] * world_size
+    assert run_ranks(world_size, _train, inplace, None) == expected
+    assert run_ranks(world_size, _train, inplace, SMALL) == expected
+
+
+def _order_changes() -> None:
+    """What is expected to come next does not come: another layer, or another pass."""
+    torch.manual_seed(0)
+    dense = nn.ModuleList([nn.Linear(12, 12) for _ in range(4)]).to(device(), torch.float64)
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=_policy())
+    rank = dist.get_rank()
+    for order in ([0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 1, 3], [3], [0, 1, 1, 2], [0, 1, 2, 3]):
+        x = torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+        y = expected = x.to(device())
+        for index in order:
+            y, expected = wrapped[index](y).tanh(), dense[index](expected).tanh()
+        torch.testing.assert_close(y, expected, **FP64)
+        if order[0] == 0:  # after [3] there is none
+            y.sum().backward()
+            wrapped.zero_grad()
+
+
+@multi_world_sizes
+def test_the_order_may_change(world_size: int) -> None:
+    run_ranks(world_size, _order_changes)
+
+
+def _written_unseen() -> None:
+    """No version tells of a write to ``.data``; tiles fetched ahead must not be of before it."""
+    dense, wrapped = _pair(policy=_policy())
+    ids = _ids(0, dist.get_rank())
+    with torch.no_grad():
+        for scale in (1.0, 0.5, 2.0, 3.0):
+            for model in (dense, wrapped):
+                for parameter in model.parameters():
+                    getattr(parameter, "_local_tensor", parameter).data.mul_(scale)
+            for _ in range(2):
+                torch.testing.assert_close(wrapped(ids), dense(ids), **FP64)
+
+
+@multi_world_sizes
+def test_a_forward_sees_weights_as_they_are(world_size: int) -> None:
+    run_ranks(world_size, _written_unseen)
+
+
+def _raise_in(method: str, at: int) -> None:
+    dense, wrapped = _pair(policy=_policy())
+    original, calls = getattr(PeerTransport, method), 0
+
+    def raising(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise MemoryError("as if it were out of memory")
+        return original(*args)
+
+    _compare(dense, wrapped, steps=1)
+    with patch.object(PeerTransport, method, raising), pytest.raises(MemoryError):
+        mean_square(wrapped(_ids(0, dist.get_rank()))).backward()
+    for model in (dense, wrapped):
+        model.zero_grad()
+    _compare(dense, wrapped)
+
+
+@multi_world_sizes
+def test_after_an_exception_on_all_ranks_training_goes_on(world_size: int) -> None:
+    for method, at in (("pull", 1), ("pull", 3), ("pull", 8), ("parts", 2), ("average", 2)):
+        run_ranks(world_size, _raise_in, method, at)
+
+
+def _mixed_precision() -> tuple[float, float]:
+    """How far gradients are from those in fp32, by peers and by hops."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(32, 48), nn.Tanh(), nn.Linear(48, 24)).to(device())
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    batches = [
+        torch.randn(16, 32, generator=torch.Generator().manual_seed(each)).to(device())
+        for each in range(ranks)
+    ]
+    for batch in batches:
+        (mean_square(dense(batch)) / ranks).backward()
+    distances = []
+    for transport in ("peer", "ring"):
+        model = deepcopy(dense)
+        model.zero_grad()
+        wrapped = RotatedTensorParallel(model, policy=_policy(transport), mixed_precision=precision)
+        mean_square(wrapped(batches[rank]).float()).backward()
+        grad: Any = wrapped.get_parameter("2.weight").grad
+        assert grad.dtype == torch.float32
+        expected: Any = dense.get_parameter("2.weight").grad
+        distances.append(float((grad.full_tensor() - expected).norm() / expected.norm()))
+    return distances[0], distances[1]
+
+
+@multi_world_sizes
+def test_mixed_precision_is_as_precise_as_by_hops(world_size: int) -> None:
+    """Parts of gradients travel in bf16, as FSDP2 has them before it reduces in fp32.
+
+    bf16 has 8 bits: one rounding is 2^-9 at most, 0.002; products of rounded factors come to some
+    three times that by either transport.
+    """
+    for by_peers, by_hops in run_ranks(world_size, _mixed_precision):
+        assert by_peers < 0.02
+        assert by_peers < 2 * by_hops
+
+
+class _Counted:
+    """How many bytes this rank pulls."""
+
+    def __init__(self, memory: Any) -> None:
+        self.nbytes = 0
+        prepared, copy = memory.prepared, memory.copy
+        sizes: dict[int, tuple[Any, int]] = {}
+
+        def counting(copies: Any) -> Any:
+            made = prepared(copies)
+            sizes[id(made)] = made, sum(to.nbytes for to, _ in copies)
+            return made
+
+        def copying(copies: Any, stream: Any) -> None:
+            self.nbytes += sizes[id(copies)][1]
+            copy(copies, stream)
+
+        memory.prepared, memory.copy = counting, copying
+
+
+def _pulled() -> tuple[int, int]:
+    """Bytes that this rank pulls in a step, and that the plan says it sends."""
+    layers = nn.Sequential(nn.Linear(9, 13), nn.Tanh(), nn.Linear(13, 5)).double().to(device())
+    options: dict[str, Any] = {"policy": _policy(staging_bytes=SMALL), "inplace": True}
+    x = torch.ones(2, 9, dtype=torch.float64, device=device(), requires_grad=True)
+    planned = rtp_wrap.plan(layers, world_size=dist.get_world_size(), **options)
+    wrapped = RotatedTensorParallel(layers, **options)
+    assert planned.staging_bytes == wrapped.staging_bytes <= SMALL
+    assert planned.transport == wrapped.transport == "peer"
+    assert wrapped._ring.peers is not None
+    counted = _Counted(wrapped._ring.peers._memory)
+    mean_square(wrapped(x)).backward()
+    weights = [each for each in planned.parameters if isinstance(each.home, Rotate)]
+    return counted.nbytes, sum(planned.traffic(each, dist.get_rank()).nbytes for each in weights)
+
+
+@multi_world_sizes
+def test_what_ranks_pull_is_what_the_plan_says_they_send(world_size: int) -> None:
+    pulled, sent = zip(*run_ranks(world_size, _pulled), strict=True)
+    assert sum(pulled) == sum(sent) > 0
+
+
+@given(
+    slot=st.integers(1, 300),
+    slots=st.sampled_from([1, 3]),
+    sizes=st.lists(st.integers(0, 300), max_size=60),
+)
+def test_a_cell_takes_nobodys_place_too_soon(slot: int, slots: int, sizes: list[int]) -> None:
+    """With three slots, neither that of the cell before, nor of the one before that."""
+    area = Area(1000, slot, slots)
+    places: list[tuple[int, int]] = []
+    for number, size in enumerate(min(size, slot) for size in sizes):
+        at, before = area.take(size, number)
+        assert at >= 1000
+        assert at + size <= 1000 + slot * slots
+        overlapped = [
+            other
+            for other, (start, end) in enumerate(places)
+            if start < at + size and at < end and other > number - WINDOW
+        ]
+        assert before == max(overlapped, default=number - WINDOW)
+        if slots == 3:
+            assert before < number - 1
+        places.append((at, at + size))
+
+
+def _refused() -> str:
+    with patch("rtp_wrap.transport.choice._boot", lambda: f"host {dist.get_rank()}"):
+        with pytest.raises(ValueError, match="'peer' cannot be used: the ranks are on several"):
+            RotatedTensorParallel(nn.Linear(4, 4), policy=_policy())
+        with patch.dict(os.environ, {VARIABLE: "peer"}):  # a preference gives way
+            return RotatedTensorParallel(nn.Linear(4, 4), policy=_policy("auto")).transport
+
+
+@multi_world_sizes
+def test_ranks_on_several_hosts_use_the_ring(world_size: int) -> None:
+    assert run_ranks(world_size, _refused) == ["ring"] * world_size
+
+
+def _different() -> None:
+    transport = "ring" if dist.get_rank() else "peer"
+    with pytest.raises(RuntimeError, match=r"out of step.*transport=peer.*transport=ring"):
+        RotatedTensorParallel(nn.Linear(4, 4), policy=_policy(transport))
+
+
+@multi_world_sizes
+def test_different_transports_are_an_error_on_every_rank(world_size: int) -> None:
+    run_ranks(world_size, _different)
+
+
+def _cannot_allocate() -> None:
+    def refuse(*args: Any) -> Any:
+        raise OSError("no room")
+
+    kind = "SymmetricMemory" if DEVICE_TYPE == "cuda" else "SharedMemory"
+    if dist.get_rank() == 0:
+        with patch(f"rtp_wrap.transport.choice.{kind}", refuse):
+            _expect_no_room()
+    else:
+        _expect_no_room()
+
+
+def _expect_no_room() -> None:
+    with pytest.raises(RuntimeError, match=r"could not allocate .*rank 0: OSError: no room"):
+        RotatedTensorParallel(nn.Linear(4, 4), policy=_policy())
+
+
+@multi_world_sizes
+def test_memory_that_one_rank_does_not_get_is_an_error_on_every_rank(world_size: int) -> None:
+    run_ranks(world_size, _cannot_allocate)
+
+
+def test_unknown_transports_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="transport='pear': give one of 'auto', 'peer', 'ring'"):
+        ShardingPolicy(transport="pear")
+    monkeypatch.setenv(VARIABLE, "pear")
+    with pytest.raises(ValueError, match="RTP_WRAP_TRANSPORT='pear'"):
+        rtp_wrap.plan(nn.Linear(4, 4), world_size=2)
+
+
+def _two_models() -> None:
+    """Two groups in one process, and models that come and go."""
+    everyone = dist.new_group(list(range(dist.get_world_size())))
+    for group in (None, everyone, None, everyone):
+        dense, wrapped = _pair(group=group, policy=_policy())
+        fresh, beside = _pair(group=everyone, policy=_policy())
+        _compare(dense, wrapped, steps=1)
+        _compare(fresh, beside, steps=0)
+        del wrapped, beside
+
+
+@multi_world_sizes
+def test_models_may_come_and_go(world_size: int) -> None:
+    run_ranks(world_size, _two_models)
