@@ -92,6 +92,7 @@ def _measure(study: Study, ranks: Sequence[int], options: argparse.Namespace) ->
     # A rank gets as many threads at any N, or on a CPU the step would not be the same.
     threads = max(1, (os.cpu_count() or 1) // ranks[-1])
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ["RTP_WRAP_TRANSPORT"] = "ring"  # which the model is of
     kinds = [("single", 1), ("rtp", 1)]
     kinds += [(name, n) for n in ranks[1:] for name in options.strategies]
     with ExitStack() as stack:

@@ -97,7 +97,7 @@ class Study:
             return self._plans[ranks]
         setting = self.trial.setting
         model = self.trial.spec().build().to(setting.dtype)
-        plan = rtp_wrap.plan(model, world_size=ranks, **rtp_options(setting))
+        plan = rtp_wrap.plan(model, world_size=ranks, **rtp_options(setting, "ring"))
         return self._plans.setdefault(ranks, plan)
 
     def formula(self, strategy: str, ranks: int, fabric: Fabric) -> float:
