@@ -27,6 +27,7 @@ SECONDS = 60
 
 pytestmark = pytest.mark.skipif("RANK" in os.environ, reason="starts ranks of its own")
 
+RING = ShardingPolicy(transport="ring")
 FREE = Fabric(Link(0.0, 0.0), Link(0.0, 0.0), ring_step=0.0, kept=1.0)
 SLOW = Fabric(Link(2e-3, 1e-8), Link(1e-3, 1e-8), ring_step=1e-4, kept=0.5)
 COMPUTE = Compute(step=1.0, optimizer=0.1, floor=0.0, tokens=64, attention_flops=1e6)
@@ -36,7 +37,7 @@ def two_linears(ranks: int) -> Plan:
     """Of 256 KiB each, all rotated."""
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(256, 256, bias=False) for _ in range(2)))
-    return rtp_wrap.plan(model, world_size=ranks)
+    return rtp_wrap.plan(model, world_size=ranks, policy=RING)
 
 
 @pytest.mark.parametrize("fabric", [FREE, SLOW])
@@ -68,7 +69,7 @@ def test_without_computation_hops_are_all_there_is(ranks: int) -> None:
 
 
 def test_slower_links_and_floors_never_help() -> None:
-    plan = rtp_wrap.plan(find("llama-tiny").build(), world_size=4)
+    plan = rtp_wrap.plan(find("llama-tiny").build(), world_size=4, policy=RING)
     for hop in (Link(2e-3, 1e-8), Link(4e-3, 1e-8), Link(4e-3, 1e-6)):
         times = [
             communication.rtp(plan, COMPUTE, replace(SLOW, hop=hop, kept=kept))
@@ -94,7 +95,7 @@ def test_it_sends_what_the_plan_says(name: str, ranks: int, staging: int | None)
     plan = rtp_wrap.plan(
         find(name, layers=1).build(),
         world_size=ranks,
-        policy=ShardingPolicy(rules=rules, replicate_below=1000, staging_bytes=staging),
+        policy=replace(RING, rules=rules, replicate_below=1000, staging_bytes=staging),
         mixed_precision=MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32
         ),
