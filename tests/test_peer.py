@@ -108,19 +108,41 @@ def test_training_is_that_of_the_dense_model(world_size: int, inplace: bool) -> 
     assert run_ranks(world_size, _train, inplace, SMALL) == expected
 
 
+class Ordered(nn.Module):
+    """Equal layers, called in an order that can change; ``written`` is doubled before its call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(12, 12) for _ in range(4)])
+        self.order = [0, 1, 2, 3]
+        self.written: int | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index in self.order:
+            if index == self.written:
+                with torch.no_grad():
+                    weight: Any = self.layers[index]._parameters["weight"]
+                    weight.mul_(2)
+            x = self.layers[index](x).tanh()
+        return x
+
+
+def _ordered() -> tuple[Any, Any, torch.Tensor]:
+    torch.manual_seed(0)
+    dense = Ordered().to(device(), torch.float64)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randn(3, 12, dtype=torch.float64, generator=generator).to(device())
+    return dense, RotatedTensorParallel(deepcopy(dense), policy=_policy()), x
+
+
 def _order_changes() -> None:
     """What is expected to come next does not come: another layer, or another pass."""
-    torch.manual_seed(0)
-    dense = nn.ModuleList([nn.Linear(12, 12) for _ in range(4)]).to(device(), torch.float64)
-    wrapped = RotatedTensorParallel(deepcopy(dense), policy=_policy())
-    rank = dist.get_rank()
+    dense, wrapped, x = _ordered()
     for order in ([0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 1, 3], [3], [0, 1, 1, 2], [0, 1, 2, 3]):
-        x = torch.randn(3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
-        y = expected = x.to(device())
-        for index in order:
-            y, expected = wrapped[index](y).tanh(), dense[index](expected).tanh()
-        torch.testing.assert_close(y, expected, **FP64)
-        if order[0] == 0:  # after [3] there is none
+        dense.order = wrapped.order = order
+        y = wrapped(x)
+        torch.testing.assert_close(y, dense(x), **FP64)
+        if len(order) > 1:  # after [3] there is no backward
             y.sum().backward()
             wrapped.zero_grad()
 
@@ -130,22 +152,54 @@ def test_the_order_may_change(world_size: int) -> None:
     run_ranks(world_size, _order_changes)
 
 
+def _written_in_between() -> None:
+    """A layer that the one before it has fetched already is written, and then called."""
+    dense, wrapped, x = _ordered()
+    with torch.no_grad():
+        for written in (None, None, 1, 3, 1):
+            dense.written = wrapped.written = written
+            torch.testing.assert_close(wrapped(x), dense(x), **FP64)
+
+
+@multi_world_sizes
+def test_a_layer_sees_its_weight_as_it_is(world_size: int) -> None:
+    run_ranks(world_size, _written_in_between)
+
+
 def _written_unseen() -> None:
     """No version tells of a write to ``.data``; tiles fetched ahead must not be of before it."""
-    dense, wrapped = _pair(policy=_policy())
-    ids = _ids(0, dist.get_rank())
+    dense, wrapped, x = _ordered()
     with torch.no_grad():
-        for scale in (1.0, 0.5, 2.0, 3.0):
+        # The third forward ends where layer 1 came again in the second, and the fourth begins so.
+        for order in ([0, 1, 1], [0, 1, 1], [0, 1], [1], [0, 1]):
+            dense.order = wrapped.order = order
             for model in (dense, wrapped):
                 for parameter in model.parameters():
-                    getattr(parameter, "_local_tensor", parameter).data.mul_(scale)
-            for _ in range(2):
-                torch.testing.assert_close(wrapped(ids), dense(ids), **FP64)
+                    getattr(parameter, "_local_tensor", parameter).data.mul_(1.5)
+            torch.testing.assert_close(wrapped(x), dense(x), **FP64)
 
 
 @multi_world_sizes
 def test_a_forward_sees_weights_as_they_are(world_size: int) -> None:
     run_ranks(world_size, _written_unseen)
+
+
+def _nothing_in_vain() -> list[int]:
+    """How often ranks meet in each of some forwards without backward."""
+    _, wrapped, x = _ordered()
+    peers = wrapped._ring.peers
+    met = []
+    with torch.no_grad():
+        for _ in range(4):
+            before = peers.barriers
+            wrapped(x)
+            met.append(peers.barriers - before)
+    return met
+
+
+@multi_world_sizes
+def test_nothing_is_fetched_beyond_a_forward(world_size: int) -> None:
+    assert run_ranks(world_size, _nothing_in_vain) == [[4, 4, 4, 4]] * world_size
 
 
 def _raise_in(method: str, at: int) -> None:
@@ -208,6 +262,28 @@ def test_mixed_precision_is_as_precise_as_by_hops(world_size: int) -> None:
     for by_peers, by_hops in run_ranks(world_size, _mixed_precision):
         assert by_peers < 0.02
         assert by_peers < 2 * by_hops
+
+
+def _sums(reduce_dtype: torch.dtype) -> tuple[float, float]:
+    """Parts that are exact in bf16 and their mean, which has more bits than that."""
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
+    wrapped = RotatedTensorParallel(
+        nn.Linear(1, 4, bias=False).to(device()), policy=_policy(), mixed_precision=precision
+    )
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    parts = [256.0, 1.0, 2.0, 4.0][:ranks]
+    wrapped(torch.tensor([[parts[rank]]], device=device())).sum().backward()
+    grad: Any = wrapped.get_parameter("weight").grad
+    return float(grad.full_tensor()[0, 0]), sum(parts) / ranks
+
+
+@multi_world_sizes
+def test_parts_are_summed_in_the_dtype_of_the_policy(world_size: int) -> None:
+    for mean, exact in run_ranks(world_size, _sums, torch.float32):
+        assert mean == pytest.approx(exact, rel=1e-6)  # fp32
+    for mean, exact in run_ranks(world_size, _sums, torch.bfloat16):
+        assert mean != pytest.approx(exact, rel=1e-6)
+        assert mean == pytest.approx(exact, rel=2**-8)  # one rounding
 
 
 class _Counted:
