@@ -6,6 +6,7 @@ RTP_WRAP_TRANSPORT and the device make of ``"auto"``. Here both are forced.
 
 from __future__ import annotations
 
+import gc
 import os
 from copy import deepcopy
 from typing import Any
@@ -24,6 +25,7 @@ from rtp_wrap import MixedPrecisionPolicy, Rotate, RotatedTensorParallel, Shardi
 from rtp_wrap.transport.area import WINDOW, Area
 from rtp_wrap.transport.choice import VARIABLE
 from rtp_wrap.transport.peer import PeerTransport
+from rtp_wrap.transport.shared import _DIRECTORY
 from tests.parity import FP64, mean_square
 from tests.ranks import (
     DEVICE_TYPE,
@@ -381,11 +383,15 @@ def _cannot_allocate() -> None:
         raise OSError("no room")
 
     kind = "SymmetricMemory" if DEVICE_TYPE == "cuda" else "SharedMemory"
+    before = set(_DIRECTORY.glob(f"rtp-{os.getpid()}-*"))
     if dist.get_rank() == 0:
         with patch(f"rtp_wrap.transport.choice.{kind}", refuse):
             _expect_no_room()
     else:
         _expect_no_room()
+    gc.collect()
+    dist.barrier()
+    assert set(_DIRECTORY.glob(f"rtp-{os.getpid()}-*")) <= before
 
 
 def _expect_no_room() -> None:

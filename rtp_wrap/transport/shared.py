@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
+import weakref
 from pathlib import Path
 
 import torch
@@ -28,23 +28,26 @@ class SharedMemory:
         self.rank, self.world_size = group.rank(), group.size()
         self._nbytes = nbytes
         directory = _DIRECTORY if _DIRECTORY.is_dir() else None
-        handle, name = tempfile.mkstemp(prefix="rtp-", dir=directory)
-        os.close(handle)
-        self._path = Path(name)
+        handle, name = tempfile.mkstemp(prefix=f"rtp-{os.getpid()}-", dir=directory)
+        self._name = name
+        self._unlink = weakref.finalize(self, Path(name).unlink, missing_ok=True)
+        try:
+            os.posix_fallocate(handle, 0, nbytes)  # or a write beyond what there is would be fatal
+        finally:
+            os.close(handle)
         self._own = _mapped(name, nbytes)
 
     def meet(self, group: dist.ProcessGroup) -> None:
         """Open the memory of all ranks. All ranks call this together."""
         try:
             self._store, self._host = host_group(group)
-            self._store.set(f"memory-{self.rank}", str(self._path))
+            self._store.set(f"memory-{self.rank}", self._name)
             names = [self._store.get(f"memory-{rank}") for rank in range(self.world_size)]
             self._all = [_mapped(name.decode(), self._nbytes) for name in names]
             self._all[self.rank] = self._own
             self._host.barrier().wait()
         finally:
-            with contextlib.suppress(FileNotFoundError):
-                self._path.unlink()
+            self._unlink()
 
     def of(self, owner: int) -> torch.Tensor:
         """The memory of rank ``owner``, 1-D uint8."""
