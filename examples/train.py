@@ -34,7 +34,7 @@ from text import Text, read_text
 VALIDATION_BATCHES = 8
 MEMORY = {
     "cpu": "bytes of parameters, gradients and Adam state",
-    "cuda": "the allocator's peak",
+    "cuda": "the allocator's peak, and the staging if it is not the allocator's",
 }
 
 
@@ -121,7 +121,7 @@ def run(options: argparse.Namespace, text: Text) -> bool:
 
 
 def finish(
-    model: nn.Module,
+    model: RotatedTensorParallel,
     optimizer: torch.optim.Optimizer,
     text: Text,
     options: argparse.Namespace,
@@ -142,7 +142,7 @@ def finish(
 
 
 def train(
-    model: nn.Module,
+    model: RotatedTensorParallel,
     optimizer: torch.optim.Optimizer,
     text: Text,
     options: argparse.Namespace,
@@ -180,7 +180,8 @@ def train(
             started = now
             held = training_state(model, optimizer)
             report(
-                step, f"loss {losses / steps:.3f}  {tokens:,.0f} tokens/s  {memory(held, device)}"
+                step,
+                f"loss {losses / steps:.3f}  {tokens:,.0f} tokens/s  {memory(model, held, device)}",
             )
             if interrupted:
                 break
@@ -220,10 +221,11 @@ def interruptions() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def memory(held: dict[str, Bytes], device: torch.device) -> str:
+def memory(model: RotatedTensorParallel, held: dict[str, Bytes], device: torch.device) -> str:
     """Return this rank's bytes, the ones that `MEMORY` names."""
     if device.type == "cuda":
-        return size(torch.cuda.max_memory_allocated(device))
+        staging = model.staging_bytes if model.transport == "peer" else 0
+        return size(torch.cuda.max_memory_allocated(device) + staging)
     return size(sum(held.values(), Bytes(0, 0)).here)
 
 

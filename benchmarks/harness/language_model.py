@@ -83,7 +83,7 @@ def run(job: flags.Job) -> int:
     started = time.perf_counter()
     status = 0
     try:
-        for batch in batches(job, device):
+        for batch in batches(job, device, memory):
             if batch.number == 1:
                 tell(f"{RULE}\n| start of epoch {batch.epoch}\n{RULE}")
             tell(batch.line(job.words))
@@ -100,7 +100,7 @@ def run(job: flags.Job) -> int:
     return status
 
 
-def batches(job: flags.Job, device: torch.device) -> Iterator[Batch]:
+def batches(job: flags.Job, device: torch.device, memory: Memory) -> Iterator[Batch]:
     """Train on batch after batch, or only evaluate.
 
     Raises ``KeyboardInterrupt`` on all ranks after the same batch if any of them got a Ctrl-C.
@@ -109,6 +109,7 @@ def batches(job: flags.Job, device: torch.device) -> Iterator[Batch]:
     signal.signal(signal.SIGINT, lambda number, frame: stops.append(number))
     options, strategy = job.options, job.strategy
     model = apply(strategy, job.spec.build(), job.setting, device)
+    memory.see(model)
     eps = ADAM_EPS.get(job.setting.precision, 1e-8)
     optimizer = torch.optim.Adam(model.parameters(), lr=options.lr, eps=eps, fused=True)
     training = not options.benchmark_eval

@@ -14,6 +14,9 @@ import resource
 from pathlib import Path
 
 import torch
+from torch import nn
+
+from rtp_wrap import RotatedTensorParallel
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -25,6 +28,7 @@ class Memory:
 
     def __init__(self, device: torch.device, limit_mib: float | None = None) -> None:
         self._device = device
+        self._beside = 0
         self.release()
         self._before = 0 if device.type == "cuda" else _status("VmRSS")
         if limit_mib is not None:
@@ -37,11 +41,17 @@ class Memory:
         else:
             _CLEAR.write_text(_RESET_PEAK)
 
+    def see(self, model: nn.Module) -> None:
+        """Count what ``model`` has on a GPU that is not the allocator's: a staging for peers."""
+        if self._device.type == "cuda" and isinstance(model, RotatedTensorParallel):
+            self._beside = model.staging_bytes if model.transport == "peer" else 0
+
     def peak(self) -> tuple[int, int]:
         """Bytes allocated and reserved, at most, since the last ``restart``."""
         if self._device.type == "cuda":
             allocated = torch.cuda.max_memory_allocated(self._device)
-            return allocated, torch.cuda.max_memory_reserved(self._device)
+            reserved = torch.cuda.max_memory_reserved(self._device)
+            return allocated + self._beside, reserved + self._beside
         grown = _status("VmHWM") - self._before
         return grown, grown
 

@@ -154,6 +154,7 @@ def _run(
     training.run()
     seconds = time.perf_counter() - started
     peaks = [(0, 0)] * ranks
+    memory.see(model)
     dist.all_gather_object(peaks, memory.peak())
 
     if training.interrupted:

@@ -107,12 +107,8 @@ def _train(trial: Trial, device: torch.device, memory: Memory) -> Outcome:
         losses.append(loss.full_tensor() if isinstance(loss, DTensor) else loss.detach())
         ticks.append(_tick(device))
         del logits, loss  # what a plain training loop keeps of them, too, is gone by the next step
+    memory.see(model)
     allocated, reserved = memory.peak()
-    if device.type == "cuda" and getattr(model, "transport", None) == "peer":
-        # Symmetric memory, which is not of torch's allocator.
-        staging = model.staging_bytes
-        assert isinstance(staging, int)
-        allocated, reserved = allocated + staging, reserved + staging
     return Outcome(
         seconds=_intervals(ticks)[trial.warmup :],
         losses=tuple(loss.item() for loss in losses),
