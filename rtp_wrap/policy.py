@@ -124,10 +124,7 @@ class ShardingPolicy:
             raise ValueError(
                 f"staging_bytes={self.staging_bytes}: at least {MIN_STAGING_BYTES} bytes are needed"
             )
-        if self.transport not in TRANSPORTS:
-            raise ValueError(
-                f"transport={self.transport!r}: give one of {', '.join(map(repr, TRANSPORTS))}"
-            )
+        check_transport("transport", self.transport)
         object.__setattr__(self, "rules", dict(self.rules))
 
     @classmethod
@@ -206,3 +203,9 @@ class MixedPrecisionPolicy:
 MIN_STAGING_BYTES = 1024
 #: What can be asked for.
 TRANSPORTS = ("auto", "peer", "ring")
+
+
+def check_transport(name: str, transport: str) -> None:
+    """Raise ``ValueError`` for an unknown transport; ``name`` is where it was given."""
+    if transport not in TRANSPORTS:
+        raise ValueError(f"{name}={transport!r}: give one of {', '.join(map(repr, TRANSPORTS))}")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import DTensor, Placement, Shard
 
 
 def extent(size: int, world_size: int, rank: int) -> tuple[int, int]:
@@ -139,6 +139,13 @@ def contiguous_stride(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * max(1, size))
     return tuple(reversed(strides)) if len(shape) else ()
+
+
+def sharded_dim(weight: DTensor) -> int:
+    """The dimension along which a weight on a 1-D mesh is sharded."""
+    (placement,) = weight.placements
+    assert isinstance(placement, Shard)
+    return placement.dim
 
 
 def dtensor_like(local: torch.Tensor, other: DTensor) -> DTensor:

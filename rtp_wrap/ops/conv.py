@@ -88,11 +88,12 @@ def rotated_conv(
         tuple(weight.shape),
     )
     _check_shape(x, layout, fqn)
-    (x,) = in_layers_dtype(resolve(ring), fqn, weight, [x])
+    owners = resolve(ring)
+    (x,) = in_layers_dtype(owners, fqn, weight, [x])
     bias = None if bias is None else bias.to(x.dtype)
     batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
-    token, use = rotating(weight, resolve(ring))
-    y: torch.Tensor = _RotatedConv.apply(token, bias, batched, use, resolve(ring), fqn, layout)
+    token, use = rotating(weight, owners)
+    y: torch.Tensor = _RotatedConv.apply(token, bias, batched, use, owners, fqn, layout)
     return y if batched is x else y.squeeze(0)
 
 

@@ -60,9 +60,10 @@ def rotated_embedding(
     device or out of range, before any communication; on CUDA the range is asserted by the device.
     """
     _check(ids, weight, fqn)
-    token, use = rotating(weight, resolve(ring))
+    owners = resolve(ring)
+    token, use = rotating(weight, owners)
     y: torch.Tensor = _RotatedEmbedding.apply(
-        token, ids, use, resolve(ring), fqn, padding_idx, scale_grad_by_freq
+        token, ids, use, owners, fqn, padding_idx, scale_grad_by_freq
     )
     return y
 

@@ -8,20 +8,20 @@ their mean; the owner adds its part last.
 from __future__ import annotations
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from rtp_wrap.hops import Hop, Lane, Rotation, backward_slots
 from rtp_wrap.ops.products import Product, WeightGradient
 from rtp_wrap.ring import Ring
 from rtp_wrap.rotation import Step, schedule
-from rtp_wrap.shard import TileGrid
+from rtp_wrap.shard import TileGrid, sharded_dim
 
 
-def forward(ring: Ring, fqn: str, weight: DTensor, dtype: torch.dtype, product: Product) -> None:
+def forward(ring: Ring, event: str, weight: DTensor, dtype: torch.dtype, product: Product) -> None:
     """``rotate_forward``."""
     home, grid = weight._local_tensor, _grid(weight, ring, dtype, slots=2)
     own = grid.shard(ring.rank)
-    with Rotation(ring, f"{fqn} forward", slots=2) as rotation:
+    with Rotation(ring, event, slots=2) as rotation:
         weights = Lane(rotation, dtype)
         for cell in grid.cells():
             weights.load(home[grid.tile(ring.rank, cell).within(own)])
@@ -35,7 +35,7 @@ def forward(ring: Ring, fqn: str, weight: DTensor, dtype: torch.dtype, product: 
 
 def backward(
     ring: Ring,
-    fqn: str,
+    event: str,
     weight: DTensor,
     dtype: torch.dtype,
     dgrad: Product | None,
@@ -51,7 +51,6 @@ def backward(
     own = grid.shard(ring.rank)
     dw = home.new_empty(home.shape) if wgrad else None
     landing = dw if sums == weight.dtype else None  # where the last hop can bring an accumulator
-    event = f"{fqn} backward ({'dx' if dgrad else ''} {'dw' if wgrad else ''})"
     with Rotation(ring, event, slots) as rotation:
         weights, accumulators = Lane(rotation, dtype), Lane(rotation, sums)
         for cell in grid.cells():
@@ -91,7 +90,5 @@ def _next_weight(weights: Lane, grid: TileGrid, step: Step, cell: tuple[int, int
 
 def _grid(weight: DTensor, ring: Ring, dtype: torch.dtype, slots: int) -> TileGrid:
     """The weight cut so that a tile of ``dtype`` fits one of ``slots`` slots."""
-    (placement,) = weight.placements
-    assert isinstance(placement, Shard)
     max_numel = ring.staging.slot_bytes(slots) // dtype.itemsize
-    return TileGrid(tuple(weight.shape), placement.dim, ring.world_size, max_numel)
+    return TileGrid(tuple(weight.shape), sharded_dim(weight), ring.world_size, max_numel)

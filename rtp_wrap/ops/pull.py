@@ -9,19 +9,20 @@ from __future__ import annotations
 from types import TracebackType
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from rtp_wrap.ops.products import Product, WeightGradient
 from rtp_wrap.ring import Ring
-from rtp_wrap.transport.cells import Cell, PeerError
+from rtp_wrap.shard import sharded_dim
+from rtp_wrap.transport.cells import PeerError
 from rtp_wrap.transport.foresight import Visit
 from rtp_wrap.transport.peer import PeerTransport
 
 
-def forward(ring: Ring, fqn: str, weight: DTensor, dtype: torch.dtype, product: Product) -> None:
+def forward(ring: Ring, event: str, weight: DTensor, dtype: torch.dtype, product: Product) -> None:
     """``rotate_forward``."""
-    with _Pulls(ring, f"{fqn} forward") as peers:
-        visit = Visit(f"{fqn} forward", weight, _cells(peers, weight, dtype))
+    with _Pulls(ring, event) as peers:
+        visit = Visit(event, weight, peers.cells(weight.shape, sharded_dim(weight), dtype))
         for index in range(len(visit.cells)):
             for tile, values in peers.pull(visit, index):
                 product(tile, values)
@@ -29,7 +30,7 @@ def forward(ring: Ring, fqn: str, weight: DTensor, dtype: torch.dtype, product: 
 
 def backward(
     ring: Ring,
-    fqn: str,
+    event: str,
     weight: DTensor,
     dtype: torch.dtype,
     dgrad: Product | None,
@@ -38,10 +39,9 @@ def backward(
     """``rotate_backward``; parts of gradients are in ``dtype``, as what they are products of."""
     home = weight._local_tensor
     sums = ring.precision.accumulator_dtype(weight.dtype)
-    event = f"{fqn} backward ({'dx' if dgrad else ''} {'dw' if wgrad else ''})"
     with _Pulls(ring, event) as peers:
         dw = peers.gradient(home) if wgrad else None
-        visit = Visit(event, weight, _cells(peers, weight, dtype))
+        visit = Visit(event, weight, peers.cells(weight.shape, sharded_dim(weight), dtype))
         for index, cell in enumerate(visit.cells):
             if dgrad is not None:
                 for tile, values in peers.pull(visit, index):
@@ -82,9 +82,3 @@ class _Pulls:
                 f"{self._event}: hop {done} failed on rank {self._ring.rank}. Another rank "
                 f"has raised, died, or runs another layer; see its own error first"
             ) from error
-
-
-def _cells(peers: PeerTransport, weight: DTensor, dtype: torch.dtype) -> list[Cell]:
-    (placement,) = weight.placements
-    assert isinstance(placement, Shard)
-    return peers.cells(weight.shape, placement.dim, dtype)

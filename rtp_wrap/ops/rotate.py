@@ -31,7 +31,7 @@ def rotate_forward(
 ) -> None:
     """Call ``product`` with every tile of ``weight``, in ``dtype``, on every rank."""
     by = hop if ring.peers is None else pull
-    by.forward(ring, fqn, weight, dtype, product)
+    by.forward(ring, f"{fqn} forward", weight, dtype, product)
 
 
 def rotate_backward(
@@ -49,7 +49,8 @@ def rotate_backward(
     ``gradient_stream``.
     """
     by = hop if ring.peers is None else pull
-    dw = by.backward(ring, fqn, weight, dtype, dgrad, wgrad)
+    event = f"{fqn} backward ({'dx' if dgrad else ''} {'dw' if wgrad else ''})"
+    dw = by.backward(ring, event, weight, dtype, dgrad, wgrad)
     return None if dw is None else dtensor_like(dw, weight)
 
 

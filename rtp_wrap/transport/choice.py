@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from rtp_wrap.policy import TRANSPORTS
+from rtp_wrap.policy import check_transport
 from rtp_wrap.transport.cells import PeerMemory
 from rtp_wrap.transport.shared import SharedMemory
 from rtp_wrap.transport.symmetric import SymmetricMemory, driver
@@ -46,10 +46,7 @@ def wanted(transport: str) -> str:
     preferred = os.environ.get(VARIABLE)
     if transport != "auto" or not preferred:
         return transport
-    if preferred not in TRANSPORTS:
-        raise ValueError(
-            f"{VARIABLE}={preferred!r}: give one of {', '.join(map(repr, TRANSPORTS))}"
-        )
+    check_transport(VARIABLE, preferred)
     return _PREFER_PEER if preferred == "peer" else preferred
 
 
