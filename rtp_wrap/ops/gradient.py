@@ -9,7 +9,6 @@ waits for it, on the device and not before.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -47,9 +46,14 @@ def rotating(weight: DTensor, ring: Ring) -> tuple[torch.Tensor | None, Rotating
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return None, use
     stream = ring.gradient_stream
-    with nullcontext() if stream is None else torch.cuda.stream(stream):
-        token: torch.Tensor = _WeightNode.apply(weight, use, ring)
-    return token, use
+    if stream is None:
+        return _WeightNode.apply(weight, use, ring), use
+    computation = torch.cuda.current_stream(ring.device.index)
+    torch.cuda.set_stream(stream)  # a context manager takes longer
+    try:
+        return _WeightNode.apply(weight, use, ring), use
+    finally:
+        torch.cuda.set_stream(computation)
 
 
 class _WeightNode(torch.autograd.Function):

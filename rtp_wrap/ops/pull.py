@@ -13,16 +13,14 @@ from torch.distributed.tensor import DTensor
 
 from rtp_wrap.ops.products import Product, WeightGradient
 from rtp_wrap.ring import Ring
-from rtp_wrap.shard import sharded_dim
 from rtp_wrap.transport.cells import PeerError
-from rtp_wrap.transport.foresight import Visit
 from rtp_wrap.transport.peer import PeerTransport
 
 
 def forward(ring: Ring, event: str, weight: DTensor, dtype: torch.dtype, product: Product) -> None:
     """``rotate_forward``."""
     with _Pulls(ring, event) as peers:
-        visit = Visit(event, weight, peers.cells(weight.shape, sharded_dim(weight), dtype))
+        visit = peers.visit(event, weight, dtype)
         for index in range(len(visit.cells)):
             for tile, values in peers.pull(visit, index):
                 product(tile, values)
@@ -41,7 +39,7 @@ def backward(
     sums = ring.precision.accumulator_dtype(weight.dtype)
     with _Pulls(ring, event) as peers:
         dw = peers.gradient(home) if wgrad else None
-        visit = Visit(event, weight, peers.cells(weight.shape, sharded_dim(weight), dtype))
+        visit = peers.visit(event, weight, dtype)
         for index, cell in enumerate(visit.cells):
             if dgrad is not None:
                 for tile, values in peers.pull(visit, index):

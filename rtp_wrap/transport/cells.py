@@ -165,7 +165,7 @@ class _Places:
         self._is_whole = grid.dim == 0 and grid.cell == grid.shard(0).shape
         if not self._is_whole:
             self._stride = -(-self._stride // ALIGNMENT) * ALIGNMENT
-        self.nbytes = ranks * self._stride
+        self.nbytes = -(-ranks * self._stride // ALIGNMENT) * ALIGNMENT
         self.landing_nbytes = ranks * math.prod(self._own_shape) * dtype.itemsize
 
     def cell(self) -> Cell:
