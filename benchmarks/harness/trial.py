@@ -69,6 +69,10 @@ def run_trial(trial: Trial) -> Outcome:
     """Run on this rank; all ranks of the default group call it. Frees everything at the end."""
     if trial.strategy == "single" and dist.get_world_size() > 1:
         raise ValueError("the strategy 'single' runs on one rank")
+    if trial.setting.compile:
+        # Else all trials of a process share the limit on how often a function is compiled, beyond
+        # which it runs as it is.
+        torch.compiler.reset()
     device = this_device()
     memory = Memory(device, trial.memory_mib)
     outcome = _train(trial, device, memory)

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from rtp_wrap.ops import hop, pull
 from rtp_wrap.ops.products import Product, WeightGradient
+from rtp_wrap.profiling import profiler_range
 from rtp_wrap.ring import Ring
 from rtp_wrap.shard import dtensor_like
 
@@ -31,7 +32,8 @@ def rotate_forward(
 ) -> None:
     """Call ``product`` with every tile of ``weight``, in ``dtype``, on every rank."""
     by = hop if ring.peers is None else pull
-    by.forward(ring, f"{fqn} forward", weight, dtype, product)
+    with profiler_range("forward", fqn):
+        by.forward(ring, f"{fqn} forward", weight, dtype, product)
 
 
 def rotate_backward(
@@ -50,7 +52,8 @@ def rotate_backward(
     """
     by = hop if ring.peers is None else pull
     event = f"{fqn} backward ({'dx' if dgrad else ''} {'dw' if wgrad else ''})"
-    dw = by.backward(ring, event, weight, dtype, dgrad, wgrad)
+    with profiler_range("backward", fqn):
+        dw = by.backward(ring, event, weight, dtype, dgrad, wgrad)
     return None if dw is None else dtensor_like(dw, weight)
 
 
