@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.ops.products import Product, WeightGradient
+from rtp_wrap.ops.products import Product, Reader, WeightGradient
 from rtp_wrap.ring import Ring
 from rtp_wrap.shard import sharded_dim
 from rtp_wrap.transport.cells import PeerError
@@ -26,6 +26,14 @@ def forward(ring: Ring, event: str, weight: DTensor, dtype: torch.dtype, product
         for index in range(len(visit.cells)):
             for tile, values in peers.pull(visit, index):
                 product(tile, values)
+
+
+def read(ring: Ring, event: str, weight: DTensor, dtype: torch.dtype, reader: Reader) -> None:
+    """``rotate_forward`` of a weight sharded along its rows, with a ``reader``."""
+    with _Pulls(ring, event) as peers:
+        visit = Visit(event, weight, peers.published(weight.shape, dtype), reads=True)
+        for index in range(len(visit.cells)):
+            peers.read(visit, index, reader)
 
 
 def backward(

@@ -11,11 +11,15 @@ from rtp_wrap.transport.cells import Cell
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """A site in one direction of the pass, and the tiles of its weight."""
+    """A site in one direction of the pass, and the tiles of its weight.
+
+    ``reads``: it reads from the memories of owners, which is not done ahead of it.
+    """
 
     event: str
     weight: DTensor
     cells: list[Cell]
+    reads: bool = False
 
 
 Context = tuple[str, str]

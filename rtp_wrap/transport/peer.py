@@ -14,6 +14,13 @@ the others, and the owner pulls the parts of its tile and averages them, summing
 ``reduce_dtype``. Nobody waits for another rank's sum, as in a ring of accumulators, and there is
 one rounding, where such a ring has one per rank.
 
+Where a rank needs some rows of a weight only (an embedding), nothing is pulled: a cell is published
+and the ranks meet as ever, and then each of them *reads* what it needs from the memory of the
+owners. How much that is may differ from rank to rank, cells and barriers do not. A rank is to have
+read cell k before it comes to barrier k + 1. So it reads on the stream of the computation, which
+publishes cell k + 1 after that: such a cell is the last to be published before it is read, and is
+not fetched ahead.
+
 Each of the two has a *lane*: a stream, barriers of its own, and an area of the staging in which
 cells lie one behind the other. Barriers are all the synchronisation there is between ranks. Barrier
 k tells that every rank has published cell k, and, as a lane's work is in order, that it has pulled
@@ -30,6 +37,7 @@ run apart by a millisecond and together again all the time.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +51,12 @@ from rtp_wrap.transport.cells import (
     Landing,
     Parts,
     PeerMemory,
+    Published,
     Tiles,
     cells_of,
     cut,
     largest_cell,
+    published_cells,
 )
 from rtp_wrap.transport.foresight import Context, Foresight, Visit
 from rtp_wrap.versions import versions_of
@@ -118,6 +128,9 @@ class PeerTransport:
         if self._concurrent:
             self._averaged = _Events()
         self._cells: dict[tuple[torch.Size, int, torch.dtype], list[Cell]] = {}
+        self._published: dict[tuple[torch.Size, torch.dtype], list[Cell]] = {}
+        starts = [memory.of(owner).data_ptr() for owner in range(memory.world_size)]
+        self._addresses = torch.tensor(starts, dtype=torch.int64, device=device)
         self._foresight = Foresight()
         self._ahead: deque[_Fetched] = deque()
         #: How many there were.
@@ -132,18 +145,39 @@ class PeerTransport:
             self._cells[key] = cells = cells_of(self._memory, grid, dtype)
         return cells
 
+    def published(self, shape: torch.Size, dtype: torch.dtype) -> list[Cell]:
+        """A weight of ``shape``, sharded along its rows, as tiles of ``dtype`` to be ``read``."""
+        key = shape, dtype
+        cells = self._published.get(key)
+        if cells is None:
+            self._published[key] = cells = published_cells(
+                self._memory, self._addresses, tuple(shape), dtype, self._staging_bytes
+            )
+        return cells
+
     def begin_forward(self) -> None:
         """An outermost forward begins."""
         self._foresight.begin()
 
+    def read(self, visit: Visit, index: int, read: Callable[[Published], None]) -> None:
+        """Have ``read`` take what it needs of the tiles of a cell, out of their owners' memories.
+
+        It is called once, and reads on the stream of the computation. ``visit.reads``, and its
+        cells are ``published`` ones.
+        """
+        self._come_to(visit, index)
+        self._ahead.clear()
+        now = self._fetch(visit, index, self._foresight.context)
+        if now.come is not None:
+            torch.cuda.current_stream(self._device).wait_event(now.come)
+        assert isinstance(now.tiles, Published)
+        read(now.tiles)
+        if index + 1 == len(visit.cells):
+            self._look_ahead(now)
+
     def pull(self, visit: Visit, index: int) -> Tiles:
         """The tiles of a cell, valid until the next call; those after it are fetched as well."""
-        begun = self._foresight.begun
-        if begun:
-            for area in (self._weights.area, self._gradients.area, self._landings):
-                area.rewind()
-        if index == 0:
-            self._foresight.visit(visit)
+        begun = self._come_to(visit, index)
         if self._ahead and not begun and _is_of(self._ahead[0], visit, index):
             now = self._ahead.popleft()
         else:
@@ -154,6 +188,16 @@ class PeerTransport:
             torch.cuda.current_stream(self._device).wait_event(now.come)
         return now.tiles
 
+    def _come_to(self, visit: Visit, index: int) -> bool:
+        """This cell is next; whether it is the first since an outermost forward began."""
+        begun = self._foresight.begun
+        if begun:
+            for area in (self._weights.area, self._gradients.area, self._landings):
+                area.rewind()
+        if index == 0:
+            self._foresight.visit(visit)
+        return begun
+
     def _look_ahead(self, now: _Fetched) -> None:
         while self._overlap and len(self._ahead) < WEIGHTS - 1:
             last = self._ahead[-1] if self._ahead else now
@@ -161,7 +205,7 @@ class PeerTransport:
                 fetched = self._fetch(last.visit, last.index + 1, last.context)
             else:
                 upcoming = self._foresight.after(last.context)
-                if upcoming is None:
+                if upcoming is None or upcoming.reads:
                     return
                 fetched = self._fetch(upcoming, 0, (last.context[1], upcoming.event))
             self._ahead.append(fetched)
