@@ -305,7 +305,7 @@ def _late_reader() -> None:
             time.sleep(0.02)
         read(self, published)
 
-    ids = _ids(3, rows)
+    ids = torch.arange(rows - 5, rows, device=device())  # the last cell, of the last rank
     with torch.no_grad(), patch.object(Lookup, "read", late):
         for _ in range(4):
             torch.testing.assert_close(wrapped(ids), model(ids), **FP64)
@@ -379,6 +379,33 @@ def test_whatever_ranks_look_up(data: st.DataObject, world_size: int) -> None:
         inplace=data.draw(st.booleans(), "inplace"),
         staging_bytes=data.draw(st.integers(TINY, 16 * TINY), "staging"),
     )
+
+
+def _captured() -> None:
+    """Ids change from replay to replay, in the memory that the graph reads them from."""
+    table = nn.Embedding(60, 16, device=device())
+    wrapped = RotatedTensorParallel(nn.Sequential(table), policy=_policy())
+    weight = full(wrapped[0].weight.detach())
+    ids, graph, stream = _ids(9, 60), torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad():
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                wrapped(ids)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            y = wrapped(ids)
+        for step in range(1, 4):
+            ids.copy_(_ids(9, 60, step))
+            graph.replay()
+            assert torch.equal(y, weight[ids])
+    torch.cuda.synchronize()
+
+
+@pytest.mark.skipif(DEVICE_TYPE != "cuda", reason="graphs are CUDA's")
+@multi_world_sizes
+def test_a_captured_forward_looks_up_what_the_ids_are_by_then(world_size: int) -> None:
+    run_ranks(world_size, _captured)
 
 
 # The kernel, of which there is an interpreter for CPUs.

@@ -14,17 +14,17 @@ the others, and the owner pulls the parts of its tile and averages them, summing
 ``reduce_dtype``. Nobody waits for another rank's sum, as in a ring of accumulators, and there is
 one rounding, where such a ring has one per rank.
 
-Where a rank needs some rows of a weight only (an embedding), nothing is pulled: a cell is published
-and the ranks meet as ever, and then each of them *reads* what it needs from the memory of the
-owners. How much that is may differ from rank to rank, cells and barriers do not. A rank is to have
-read cell k before it comes to barrier k + 1. So it reads on the stream of the computation, which
-publishes cell k + 1 after that: such a cell is the last to be published before it is read, and is
-not fetched ahead.
-
 Each of the two has a *lane*: a stream, barriers of its own, and an area of the staging in which
 cells lie one behind the other. Barriers are all the synchronisation there is between ranks. Barrier
 k tells that every rank has published cell k, and, as a lane's work is in order, that it has pulled
 cell k - 1: so others may lie there from cell k + 1 on.
+
+Of a table of embeddings a rank needs few rows, and which ones is known when it comes to it. Such a
+cell is published, and the ranks meet, but instead of pulling each of them *reads* what it needs
+from the memories of the owners. How much may differ from rank to rank; cells and barriers must not.
+By barrier k + 1 a rank must have read cell k, too. So it reads on the stream of the computation,
+and publishes cell k + 1 there after that, be it of the same table or of what comes next; and no
+rank fetches such a cell ahead.
 
 On a GPU the lanes have nothing but barriers and pulls, which take no multiprocessor. Copies within
 a GPU do: a large GEMM leaves none free until it ends, and would hold up a lane with such a copy. So
