@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -158,6 +159,26 @@ def test_every_rank_takes_the_shorter_way_whatever_others_do(world_size: int) ->
     *others, last = run_ranks(world_size, _ways_taken)
     assert others == [[by_rows, by_tiles, by_tiles]] * (world_size - 1)
     assert last == [by_rows, by_tiles, by_rows]
+
+
+def test_without_triton_a_gpu_has_no_way_by_rows() -> None:
+    with patch.dict(sys.modules, {"rtp_wrap.ops.row_kernel": None}):
+        assert lookup._copier.__wrapped__("cuda") is None
+
+
+def _without_a_kernel() -> list[str]:
+    wrapped = RotatedTensorParallel(nn.Embedding(40, 6, device=device()), policy=_policy())
+    ids = _ids(5, 40)
+    expected = full(wrapped.module.weight.detach())[ids]
+    with _ways() as taken, patch.object(lookup, "_copier", lambda kind: None):
+        assert torch.equal(wrapped(ids), expected)
+    return taken
+
+
+@multi_world_sizes
+def test_where_rows_cannot_be_read_tiles_are_copied(world_size: int) -> None:
+    for taken in run_ranks(world_size, _without_a_kernel):
+        assert set(taken) == {"by tiles"}
 
 
 class _Reads(TorchDispatchMode):
@@ -473,7 +494,7 @@ def _interpreted() -> int:
         calls += 1
         copy_rows(*args)
 
-    with _kernel() as copy_rows, patch.object(lookup, "_copy_rows", counted):
+    with _kernel() as copy_rows, patch.object(lookup, "_copier", lambda kind: counted):
         for rows, cols in ((40, 6), (21, 3), (9, 40)):
             _check(rows, cols, [0, 2 * rows, 1, 3][: dist.get_world_size()])
     return calls

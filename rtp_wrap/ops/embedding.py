@@ -7,7 +7,8 @@ Shapes, for ``T`` ids of this rank, ``V`` rows of ``D`` columns, ``N`` ranks:
     y   [T, D]
 
 The table is a set of tiles ``W[R, C]`` (rows ``R``, columns ``C``; see ``shard``), each of which
-passes every rank once in forward; or ranks read single rows of it (see ``lookup``). In backward only accumulators travel: no gradient needs values.
+passes every rank once in forward; or ranks read single rows of it (see ``lookup``). In backward
+only accumulators travel: no gradient needs values.
 
     forward    y[t, C] = W[ids[t], C]                  where ids[t] is in R
     dgrad      none: ids have no gradient

@@ -9,8 +9,8 @@ who have ``V'`` rows together:
     by tiles     all of them, then the rows of those    V' D elements
 
 It takes the first one if that is less, however its ids are spread. Ranks need not agree: to the
-others it makes no difference. By tiles takes memory for a tile, or for a table of a single cell,
-which is at most N / (N - 1) times as large as ``y``.
+others it makes no difference. By tiles takes memory for a tile; if the table is a single cell, for
+all of it, which is N / (N - 1) times as large as ``y`` at most.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Lookup:
 
     def read(self, published: Published) -> None:
         """From tiles in the memories of their owners."""
-        copy_rows = _copy_rows if self._ids.device.type == "cpu" else _kernel()
-        if self._by_rows and copy_rows is not None:
+        copy_rows = _copier(self._ids.device.type) if self._by_rows else None
+        if copy_rows is not None:
             copy_rows(published, self._ids, self._y)
         else:
             for tile, values in published.pulled():
@@ -66,8 +66,10 @@ def _copy_rows(published: Published, ids: torch.Tensor, y: torch.Tensor) -> None
 
 
 @functools.cache
-def _kernel() -> _CopyRows | None:
-    """The same on a GPU; ``None`` where Triton is missing."""
+def _copier(kind: str) -> _CopyRows | None:
+    """By rows on devices of this kind; ``None`` on a GPU where Triton is missing."""
+    if kind == "cpu":
+        return _copy_rows
     try:
         from rtp_wrap.ops.row_kernel import copy_rows
     except ImportError:
