@@ -247,7 +247,8 @@ def _fetched_together(staging_bytes: int) -> tuple[list[int], list[int]]:
 def test_small_layers_are_fetched_together(world_size: int) -> None:
     """Once it is known what comes, two small layers at a time, also across the end of a forward.
 
-    The second step begins as none before it did. With three ranks no two fit: their last rows make them larger.
+    The second step begins as none before it did. With three ranks no two fit, as the last rows are
+    fewer but have as much room.
     """
     rows = 18 if world_size == 3 else 16
     met, parts = run_ranks(world_size, _fetched_together, 7 * rows * 8 * 8)[0]

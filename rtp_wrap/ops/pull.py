@@ -11,7 +11,7 @@ from types import TracebackType
 import torch
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.ops.products import Product, WeightGradient
+from rtp_wrap.ops.products import Product, Reader, WeightGradient
 from rtp_wrap.ring import Ring
 from rtp_wrap.transport.cells import PeerError
 from rtp_wrap.transport.peer import PeerTransport
@@ -24,6 +24,14 @@ def forward(ring: Ring, event: str, weight: DTensor, dtype: torch.dtype, product
         for index in range(len(visit.cells)):
             for tile, values in peers.pull(visit, index):
                 product(tile, values)
+
+
+def read(ring: Ring, event: str, weight: DTensor, dtype: torch.dtype, reader: Reader) -> None:
+    """``rotate_forward`` of a weight sharded along its rows, with a ``reader``."""
+    with _Pulls(ring, event) as peers:
+        visit = peers.visit(event, weight, dtype, reads=True)
+        for index in range(len(visit.cells)):
+            peers.read(visit, index, reader)
 
 
 def backward(

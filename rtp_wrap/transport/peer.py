@@ -20,6 +20,13 @@ k tells that every rank has published cell k, and, as a lane's work is in order,
 cell k - 1: so others may lie there from cell k + 1 on. Small cells that are expected one after the
 other are published and pulled together: for barriers and places they are one.
 
+Of a table of embeddings a rank needs few rows, and which ones is known when it comes to it. Such a
+cell is published, and the ranks meet, but instead of pulling each of them *reads* what it needs
+from the memories of the owners. How much may differ from rank to rank; cells and barriers must not.
+By barrier k + 1 a rank must have read cell k, too. So it reads on the stream of the computation,
+and publishes cell k + 1 there after that, be it of the same table or of what comes next; and no
+rank fetches such a cell ahead.
+
 On a GPU the lanes have nothing but barriers and pulls, which take no multiprocessor. Copies within
 a GPU do: a large GEMM leaves none free until it ends, and would hold up a lane with such a copy. So
 a cell is published by the computation's own stream, two cells ahead of its use, and averages, which
@@ -31,7 +38,7 @@ run apart by a millisecond and together again all the time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +55,12 @@ from rtp_wrap.transport.cells import (
     Landing,
     Parts,
     PeerMemory,
+    Published,
     Tiles,
     cells_of,
     cut,
     largest_cell,
+    published_cells,
 )
 from rtp_wrap.transport.foresight import Context, Foresight, Visit
 from rtp_wrap.versions import versions_of
@@ -150,8 +159,10 @@ class PeerTransport:
         #: The stream of the running site, if lanes have others; and whether that is captured.
         self._computation: torch.cuda.Stream | None = None
         self._capturing = False
-        self._cells: dict[tuple[torch.Size, int, torch.dtype], list[Cell]] = {}
+        self._cells: dict[tuple[torch.Size, int, torch.dtype, bool], list[Cell]] = {}
         self._visits: dict[tuple[str, int], Visit] = {}
+        starts = [memory.of(owner).data_ptr() for owner in range(memory.world_size)]
+        self._addresses = torch.tensor(starts, dtype=torch.int64, device=device)
         self._foresight = Foresight()
         self._ahead: deque[_Fetched] = deque()
         #: The exchange that brought the tiles in use.
@@ -159,21 +170,31 @@ class PeerTransport:
         #: How many there were.
         self.barriers = 0
 
-    def visit(self, event: str, weight: DTensor, dtype: torch.dtype) -> Visit:
-        """A site in one direction of the pass, which ``event`` names, with tiles of ``dtype``."""
+    def visit(
+        self, event: str, weight: DTensor, dtype: torch.dtype, *, reads: bool = False
+    ) -> Visit:
+        """A site in one direction of the pass, which ``event`` names, with tiles of ``dtype``.
+
+        If it ``reads``, the weight is sharded along its rows.
+        """
         key = event, id(weight)
         visit = self._visits.get(key)
         if visit is None or visit.weight is not weight or visit.dtype != dtype:
-            cells = self._cells_of(weight.shape, sharded_dim(weight), dtype)
-            self._visits[key] = visit = Visit(event, weight, dtype, cells)
+            cells = self._cells_of(weight.shape, sharded_dim(weight), dtype, reads)
+            self._visits[key] = visit = Visit(event, weight, dtype, cells, reads)
         return visit
 
-    def _cells_of(self, shape: torch.Size, dim: int, dtype: torch.dtype) -> list[Cell]:
-        key = shape, dim, dtype
+    def _cells_of(self, shape: torch.Size, dim: int, dtype: torch.dtype, reads: bool) -> list[Cell]:
+        key = shape, dim, dtype, reads
         cells = self._cells.get(key)
         if cells is None:
-            grid = cut(tuple(shape), dim, self._memory.world_size, dtype, self._staging_bytes)
-            self._cells[key] = cells = cells_of(self._memory, grid, dtype)
+            memory, nbytes = self._memory, self._staging_bytes
+            if reads:
+                cells = published_cells(memory, self._addresses, tuple(shape), dtype, nbytes)
+            else:
+                grid = cut(tuple(shape), dim, memory.world_size, dtype, nbytes)
+                cells = cells_of(memory, grid, dtype)
+            self._cells[key] = cells
         return cells
 
     def begin_forward(self) -> None:
@@ -190,28 +211,58 @@ class PeerTransport:
 
     def pull(self, visit: Visit, index: int) -> Tiles:
         """The tiles of a cell, valid until the next call; those after it are fetched as well."""
+        begun = self._come_to(visit, index)
+        if begun or not self._ahead or not self._ahead[0].is_of(visit, index):
+            self._drop()
+            self._fetch([_Expected(visit, index, self._foresight.context)])
+        now = self._ahead.popleft()
+        if now.number != self._in_use:
+            self._use(now)
+            self._look_ahead(now)
+        return now.tiles
+
+    def read(self, visit: Visit, index: int, read: Callable[[Published], None]) -> None:
+        """Have ``read`` take what it needs of the tiles of a cell, out of their owners' memories.
+
+        It is called once, and reads on the stream of the computation. ``visit.reads``, so that its
+        cells are ``published`` ones.
+        """
+        self._come_to(visit, index)
+        self._drop()
+        self._fetch([_Expected(visit, index, self._foresight.context)])
+        now = self._ahead.popleft()
+        self._use(now)
+        assert isinstance(now.tiles, Published)
+        read(now.tiles)
+        if index + 1 == len(visit.cells):
+            self._look_ahead(now)
+
+    def _come_to(self, visit: Visit, index: int) -> bool:
+        """This cell is next; whether it is the first since an outermost forward began."""
         begun = self._foresight.begun
         if begun:
             for area in (self._weights.area, self._gradients.area, self._landings):
                 area.rewind()
         if index == 0:
             self._foresight.visit(visit)
-        if begun or not self._ahead or not self._ahead[0].is_of(visit, index):
-            self._drop()
-            self._fetch([_Expected(visit, index, self._foresight.context)])
-        now = self._ahead.popleft()
-        if now.number != self._in_use:
-            self._in_use = now.number
-            if now.come is not None and self._computation is not None:
-                self._computation.wait_event(now.come)
-            # From here on the computation is done with what came before.
-            while self._overlap and self._weights.number < now.number + WEIGHTS - 1:
-                last = self._ahead[-1] if self._ahead else now
-                upcoming = self._upcoming(last.what)
-                if not upcoming:
-                    break
-                self._fetch(upcoming)
-        return now.tiles
+        return begun
+
+    def _use(self, now: _Fetched) -> None:
+        """The computation goes on with what an exchange brought, and is done with what was before.
+
+        So another one can be fetched.
+        """
+        self._in_use = now.number
+        if now.come is not None and self._computation is not None:
+            self._computation.wait_event(now.come)
+
+    def _look_ahead(self, now: _Fetched) -> None:
+        """Fetch what is expected behind ``now``, an exchange for every slot but the one in use."""
+        while self._overlap and self._weights.number < now.number + WEIGHTS - 1:
+            upcoming = self._upcoming((self._ahead[-1] if self._ahead else now).what)
+            if not upcoming:
+                break
+            self._fetch(upcoming)
 
     def _drop(self) -> None:
         """Something else comes than what was fetched, whose place is free as soon as it is there.
@@ -233,7 +284,7 @@ class PeerTransport:
                 last = _Expected(last.visit, last.index + 1, last.context)
             else:
                 visit = self._foresight.after(last.context)
-                if visit is None:
+                if visit is None or visit.reads:
                     break
                 last = _Expected(visit, 0, (last.context[1], visit.event))
             nbytes += last.cell.nbytes
@@ -268,9 +319,10 @@ class PeerTransport:
     def _exchange(
         self, lane: _Lane, pulls: Sequence[Any], after: torch.cuda.Event | None = None
     ) -> torch.cuda.Event | None:
-        """Meet the others behind what the computation has put there, then pull; after ``after``.
+        """Meet the others behind what the computation has put there, then pull.
 
-        Returns the event of the last pull, if this does not happen on the computation's stream.
+        If pulls are to come ``after`` something, there is an event of the meeting, too. Returns
+        that of the last pull, or ``None`` if all this happens on the computation's stream.
         """
         number, stream = lane.number, lane.stream
         if stream is None or self._computation is None:
