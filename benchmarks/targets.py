@@ -26,7 +26,7 @@ from harness import options, progress, report
 from harness.comparison import Comparison, Row, Run
 from harness.report import Table
 from harness.rounds import Crews, interleaved
-from harness.strategies import Setting
+from harness.strategies import STRATEGIES, Setting
 from harness.trial import Trial
 
 
@@ -57,6 +57,7 @@ class Goal:
     batch_size: int = 2
     seq_len: int = 4096
     setting: Setting = BF16
+    ours: str = "rtp"
 
     def on(self, ranks: int) -> Target:
         """The target on so many ranks."""
@@ -79,6 +80,13 @@ GOALS = {
         Target(speed=1.05, single=0.85, peak=0.78),
         batch_size=1,
         seq_len=2048,
+    ),
+    "graph": Goal(
+        "8 layers, bf16, 1 × 2048 tokens, rtp's step as one CUDA graph",
+        Target(speed=1.05, single=0.85, peak=0.78),
+        batch_size=1,
+        seq_len=2048,
+        ours="rtp-graph",
     ),
     "deep": Goal("32 layers, bf16, 2 × 4096 tokens", Target(speed=1.04, peak=0.94), layers=32),
     "mixed": Goal(
@@ -106,7 +114,7 @@ class Attempt:
         self.name, self.goal = name, GOALS[name]
         self.target = self.goal.on(arguments.ranks)
         alone = () if self.target.single is None else ("single",)
-        self.strategies = (*alone, "fsdp", "rtp")
+        self.strategies = (*alone, "fsdp", self.goal.ours)
         trial = _trial(self.goal, arguments)
         self.comparison = Comparison(trial, arguments.ranks, baseline="fsdp")
 
@@ -159,7 +167,8 @@ class Attempt:
     def _rows(self) -> tuple[Row, Row]:
         """Of rtp and of FSDP2; empty where there was no run yet."""
         rows = {row.strategy: row for row in self.comparison.rows()}
-        return rows.get("rtp", Row("rtp")), rows.get("fsdp", Row("fsdp"))
+        ours = self.goal.ours
+        return rows.get(ours, Row(ours)), rows.get("fsdp", Row("fsdp"))
 
 
 def main() -> int:
@@ -266,8 +275,9 @@ def _arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, cuda, count = parser.add_argument, torch.cuda.is_available(), options.positive(int)
-    names = f"of {', '.join(GOALS)}; default: all"
-    add("--rows", nargs="+", choices=GOALS, default=list(GOALS), metavar="NAME", help=names)
+    rows = [name for name, goal in GOALS.items() if cuda or not STRATEGIES[goal.ours].graphed]
+    names = f"of {', '.join(GOALS)}; default: {' '.join(rows)}"
+    add("--rows", nargs="+", choices=GOALS, default=rows, metavar="NAME", help=names)
     ranks = torch.cuda.device_count() or 2
     add("--ranks", type=count, default=ranks, help="default: all GPUs, or 2 on CPU")
     add("--rounds", type=count, default=5, help="trials of each strategy; default: %(default)s")

@@ -292,6 +292,14 @@ def test_what_is_sent_alone_and_by_an_unknown_strategy() -> None:
         sent.per_step(replace(trial(), strategy="pp"), 2)
 
 
+@pytest.mark.parametrize("warmup", [3, 1])
+def test_a_graphed_step_needs_gpus_and_warmup(warmup: int) -> None:
+    if torch.cuda.is_available() and warmup > 1:
+        pytest.skip("here it has both")
+    with pytest.raises(ValueError, match="needs GPUs, and two steps of warmup"):
+        run_trial(Trial("rtp-graph", "llama-tiny", 1, 8, warmup=warmup))
+
+
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     table = report.Table("sizes", ["name", "a|b"])
     table.add("x", None)

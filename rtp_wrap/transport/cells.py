@@ -38,7 +38,7 @@ class PeerMemory(Protocol):
     def barrier(self, lane: int, flag: int, stream: torch.cuda.Stream | None) -> None:
         """The ranks' work on ``stream`` goes on when all of them have come here.
 
-        ``flag`` is 0, 1 or 2, and never the one of the lane's barrier before. May raise
+        ``flag`` is one of 0 to 4, and never the one of the lane's barrier before. May raise
         ``PeerError``.
         """
 

@@ -65,8 +65,9 @@ from rtp_wrap.transport.cells import (
 from rtp_wrap.transport.foresight import Context, Foresight, Visit
 from rtp_wrap.versions import versions_of
 
-#: The flag of barriers that are none of a cell's; theirs are 0 and 1, in turn.
-_FENCE = 2
+#: Flags of barriers that are none of an exchange; those of exchanges are 0 and 1, in turn. In a
+#: graph, which may follow any of its own barriers and any other, it is 2; else 3 and 4, in turn.
+_FENCE_IN_GRAPH, _FENCES = 2, (3, 4)
 #: So many cells are fetched together, if they are small. More would only be fetched in vain where
 #: something else comes than was expected.
 _TOGETHER = 4
@@ -122,6 +123,8 @@ class _Lane:
         self.index, self.stream, self.area = index, stream, area
         #: Of the last exchange.
         self.number = -1
+        #: How many fences there were outside of graphs.
+        self.fences = 0
         #: Whether that is part of a graph.
         self.captured = False
         self.forget()
@@ -159,6 +162,8 @@ class PeerTransport:
         #: The stream of the running site, if lanes have others; and whether that is captured.
         self._computation: torch.cuda.Stream | None = None
         self._capturing = False
+        #: Whether there is a graph, which may be replayed at any time.
+        self._has_graph = False
         self._cells: dict[tuple[torch.Size, int, torch.dtype, bool], list[Cell]] = {}
         self._visits: dict[tuple[str, int], Visit] = {}
         starts = [memory.of(owner).data_ptr() for owner in range(memory.world_size)]
@@ -207,6 +212,7 @@ class PeerTransport:
             self._computation = computation
             if capturing != self._capturing:
                 self._capturing = capturing
+                self._has_graph = True
                 self._ahead.clear()
 
     def pull(self, visit: Visit, index: int) -> Tiles:
@@ -243,6 +249,10 @@ class PeerTransport:
         if begun:
             for area in (self._weights.area, self._gradients.area, self._landings):
                 area.rewind()
+            if self._has_graph and not self._capturing:
+                # A replay may have come before, which nothing tells of: others may be in it still.
+                self._fence(self._weights)
+                self._fence(self._gradients)
         if index == 0:
             self._foresight.visit(visit)
         return begun
@@ -414,8 +424,12 @@ class PeerTransport:
     def _fence(self, lane: _Lane) -> None:
         """A barrier that is none of an exchange: all pulls of before it are over."""
         if self._computation is not None and lane.stream is not None:
+            flag = _FENCE_IN_GRAPH
+            if not self._capturing:
+                lane.fences += 1
+                flag = _FENCES[lane.fences % 2]
             lane.stream.wait_stream(self._computation)
-            self._meet(lane, _FENCE)
+            self._meet(lane, flag)
             self._computation.wait_stream(lane.stream)
 
     def _meet(self, lane: _Lane, flag: int) -> None:
