@@ -87,6 +87,7 @@ def _train(trial: Trial, device: torch.device, memory: Memory) -> Outcome:
     strategy = STRATEGIES[trial.strategy]
     spec = trial.spec()
     model = apply(strategy, spec.build(), trial.setting, device)
+    memory.see(model)
     optimizer = adamw(model, device, capturable=strategy.graphed)
     # Every rank its own batch, or all of them the same one: the batches of all.
     whose = range(dist.get_world_size()) if strategy.shares_batch else [dist.get_rank()]
@@ -118,7 +119,6 @@ def _train(trial: Trial, device: torch.device, memory: Memory) -> Outcome:
             memory.restart()
         losses.append(step(tokens))
         ticks.append(_tick(device))
-    memory.see(model)
     allocated, reserved = memory.peak()
     return Outcome(
         seconds=_intervals(ticks)[trial.warmup :],
