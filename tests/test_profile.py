@@ -50,7 +50,9 @@ def _traced(transport: str) -> dict[str, tuple[list[str], list[str]]]:
     """Of every range of this library in one step: what is around it, and what is in it."""
     model, x = _wrapped(transport)
     mean_square(model(x)).backward()
-    with profile(activities=[ProfilerActivity.CPU]) as trace, record_function("step"):
+    # Without acc_events torch 2.11 warns that another cycle would take the events away.
+    tracing = profile(activities=[ProfilerActivity.CPU], acc_events=True)
+    with tracing as trace, record_function("step"):
         loss = mean_square(model(x))
         loss.backward()
     events: list[Any] = list(trace.events() or [])
