@@ -63,6 +63,7 @@ from rtp_wrap.transport.cells import (
     published_cells,
 )
 from rtp_wrap.transport.foresight import Context, Foresight, Visit
+from rtp_wrap.transport.mean import put_mean
 from rtp_wrap.versions import versions_of
 
 #: Flags of barriers that are none of an exchange; those of exchanges are 0 and 1, in turn. In a
@@ -382,15 +383,21 @@ class PeerTransport:
         after = self._averaged.of(before) if self._concurrent else None
         come = self._exchange(lane, [landing.pulls], after)
         if come is None or computation is None or finish is None:
-            _mean(cell, parts, landing, gradient, sums)
+            self._put_mean(cell, parts, landing, gradient, sums)
             return
         finish.wait_event(come)
         torch.cuda.set_stream(finish)  # a context manager takes longer
         try:
-            _mean(cell, parts, landing, gradient, sums)
+            self._put_mean(cell, parts, landing, gradient, sums)
         finally:
             torch.cuda.set_stream(computation)
         self._averaged.of(number).record(finish)
+
+    def _put_mean(
+        self, cell: Cell, parts: Parts, landing: Landing, gradient: torch.Tensor, sums: torch.dtype
+    ) -> None:
+        if not cell.is_empty:
+            put_mean(parts.own, landing, self._memory.rank, cell.own_part(gradient), sums)
 
     def settle(self) -> None:
         """After an exception: what is still under way comes before anything else."""
@@ -438,19 +445,3 @@ class PeerTransport:
 
     def _stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.Stream(self._device, priority=-1) if self._concurrent else None
-
-
-def _mean(
-    cell: Cell, parts: Parts, landing: Landing, gradient: torch.Tensor, sums: torch.dtype
-) -> None:
-    if cell.is_empty:
-        return
-    out = cell.own_part(gradient)
-    if len(landing.parts) == 2 and parts.own.dtype == sums == gradient.dtype:
-        torch.lerp(parts.own, landing.other, 0.5, out=out)  # in one pass, without a copy
-        return
-    landing.own.copy_(parts.own)
-    if sums == gradient.dtype:
-        torch.mean(landing.parts, 0, dtype=sums, out=out)
-    else:
-        out.copy_(torch.mean(landing.parts, 0, dtype=sums))
