@@ -132,6 +132,11 @@ class Ring:
         if self.peers is not None:
             self.peers.begin_forward()
 
+    def end_forward(self) -> None:
+        """An outermost forward is over."""
+        if self.peers is not None:
+            self.peers.end_pass()
+
     def _follow_stream(self) -> None:
         """The staging is shared by all streams, so work that uses it must not overlap."""
         stream = torch.cuda.current_stream(self.device.index)

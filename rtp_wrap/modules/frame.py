@@ -38,12 +38,13 @@ class Frame:
         "_joined",
         "_memo",
         "_module",
+        "_outermost",
         "_regather",
     )
 
     def __init__(self, module: nn.Module, adoption: Adoption, regather: bool = True) -> None:
         self._module, self._adoption, self._regather = module, adoption, regather
-        self._joined = False
+        self._joined = self._outermost = False
         self._memo: dict[_Key, tuple[DTensor, torch.Tensor]] = {}
         self._gathered: list[Gathered] = []
         self._around: PackHooks | None = None
@@ -57,7 +58,8 @@ class Frame:
             ring = self._adoption.ring
             if ring.sites is not None and self._adoption.strategies:
                 ring.sites.append(self._adoption.fqn)
-            if not stack and torch._C._current_graph_task_id() == -1:
+            self._outermost = not stack and torch._C._current_graph_task_id() == -1
+            if self._outermost:
                 ring.begin_forward()
         stack.append(stack[-1] if self._joined else self)
 
@@ -67,9 +69,12 @@ class Frame:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._adoption.ring.frames.stack.pop()
+        ring = self._adoption.ring
+        ring.frames.stack.pop()
         if self._joined:
             return
+        if self._outermost:
+            ring.end_forward()
         if self._hooks is not None:
             self._hooks.__exit__()
         gathered = list(self._gathered)

@@ -42,6 +42,9 @@ class PeerMemory(Protocol):
         ``PeerError``.
         """
 
+    def capture(self, stream: torch.cuda.Stream) -> int:
+        """The number of the graph that ``stream`` is being captured in; each has its own."""
+
     def prepared(self, copies: Copies) -> Any:
         """What ``copy`` takes; pairs are (to, from), contiguous, of the same size and dtype."""
 

@@ -46,7 +46,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.shard import sharded_dim
-from rtp_wrap.transport.area import WINDOW, Area
+from rtp_wrap.transport.area import Area
 from rtp_wrap.transport.cells import (
     LANDING,
     PARTS,
@@ -63,12 +63,10 @@ from rtp_wrap.transport.cells import (
     published_cells,
 )
 from rtp_wrap.transport.foresight import Context, Foresight, Visit
+from rtp_wrap.transport.lane import Events, Lane
 from rtp_wrap.transport.mean import put_mean
 from rtp_wrap.versions import versions_of
 
-#: Flags of barriers that are none of an exchange; those of exchanges are 0 and 1, in turn. In a
-#: graph, which may follow any of its own barriers and any other, it is 2; else 3 and 4, in turn.
-_FENCE_IN_GRAPH, _FENCES = 2, (3, 4)
 #: So many cells are fetched together, if they are small. More would only be fetched in vain where
 #: something else comes than was expected.
 _TOGETHER = 4
@@ -101,41 +99,11 @@ class _Fetched:
         """Whether it is this cell, as its weight is now."""
         what = self.what
         return (
-            what.visit is visit
+            what.visit.weight is visit.weight
+            and what.visit.cells is visit.cells
             and what.index == index
             and self.versions == versions_of(visit.weight)
         )
-
-
-class _Events:
-    """One for each of the last exchanges."""
-
-    def __init__(self) -> None:
-        self._events = [torch.cuda.Event() for _ in range(WINDOW)]
-
-    def of(self, number: int) -> torch.cuda.Event:
-        return self._events[number % WINDOW]
-
-
-class _Lane:
-    """Exchanges in order, beside the computation: on a stream if there is one."""
-
-    def __init__(self, index: int, stream: torch.cuda.Stream | None, area: Area) -> None:
-        self.index, self.stream, self.area = index, stream, area
-        #: Of the last exchange.
-        self.number = -1
-        #: How many fences there were outside of graphs.
-        self.fences = 0
-        #: Whether that is part of a graph.
-        self.captured = False
-        self.forget()
-
-    def forget(self) -> None:
-        """The events of before belong to another graph, or to none, and all of them are over."""
-        self.area.forget()
-        if self.stream is not None:
-            #: The computation has put something there; all ranks have met; all pulls have come.
-            self.given, self.met, self.come = _Events(), _Events(), _Events()
 
 
 class PeerTransport:
@@ -153,20 +121,26 @@ class PeerTransport:
         self._overlap = overlap
         self._concurrent = overlap and device.type == "cuda"
         self._room = room = largest_cell(staging_bytes)
-        self._weights = _Lane(0, self._stream(), Area(0, room, WEIGHTS))
-        self._gradients = _Lane(1, self._stream(), Area(WEIGHTS * room, room, PARTS))
+        self._weights = Lane(memory, 0, self._stream(), Area(0, room, WEIGHTS))
+        parts = Area(WEIGHTS * room, room, PARTS)
+        self._gradients = Lane(memory, 1, self._stream(), parts)
         self._landings = Area((WEIGHTS + PARTS) * room, room, LANDING)
         #: Where gradients are finished, if not on the stream of the computation.
         self.gradient_stream = self._stream()
         if self._concurrent:
-            self._averaged = _Events()
-        #: The stream of the running site, if lanes have others; and whether that is captured.
+            self._averaged = Events()
+        #: The stream of the running site, on a GPU.
         self._computation: torch.cuda.Stream | None = None
-        self._capturing = False
-        #: Whether there is a graph, which may be replayed at any time.
+        #: The graph that is being captured; 0 for none.
+        self._capture = 0
+        #: Whether there is one, which may be replayed after every pass.
         self._has_graph = False
+        #: Lanes begin anew with each: a capture, and where there are graphs a pass outside of them.
+        self._epoch = 0
+        #: The backward whose end is waited for.
+        self._backward = -1
         self._cells: dict[tuple[torch.Size, int, torch.dtype, bool], list[Cell]] = {}
-        self._visits: dict[tuple[str, int], Visit] = {}
+        self._visits: dict[str, Visit] = {}
         starts = [memory.of(owner).data_ptr() for owner in range(memory.world_size)]
         self._addresses = torch.tensor(starts, dtype=torch.int64, device=device)
         self._foresight = Foresight()
@@ -183,11 +157,11 @@ class PeerTransport:
 
         If it ``reads``, the weight is sharded along its rows.
         """
-        key = event, id(weight)
-        visit = self._visits.get(key)
+        visit = self._visits.get(event)
         if visit is None or visit.weight is not weight or visit.dtype != dtype:
+            # The place of the one before, which may be of a copy of the model that is gone.
             cells = self._cells_of(weight.shape, sharded_dim(weight), dtype, reads)
-            self._visits[key] = visit = Visit(event, weight, dtype, cells, reads)
+            self._visits[event] = visit = Visit(event, weight, dtype, cells, reads)
         return visit
 
     def _cells_of(self, shape: torch.Size, dim: int, dtype: torch.dtype, reads: bool) -> list[Cell]:
@@ -208,13 +182,35 @@ class PeerTransport:
         self._foresight.begin()
 
     def begin(self, computation: torch.cuda.Stream, capturing: bool) -> None:
-        """A site begins on the stream ``computation``, which may be captured in a graph."""
-        if self._concurrent:
-            self._computation = computation
-            if capturing != self._capturing:
-                self._capturing = capturing
-                self._has_graph = True
-                self._ahead.clear()
+        """A site begins on the stream ``computation`` of a GPU; it may be captured in a graph."""
+        self._computation = computation
+        capture = self._memory.capture(computation) if capturing else 0
+        if capture != self._capture:
+            self._capture, self._has_graph = capture, True
+            self._begin_epoch()
+        if self._has_graph:
+            backward = torch._C._current_graph_task_id()
+            if backward not in (-1, self._backward):
+                self._backward = backward
+                # No public call tells of the end of a backward; FSDP2 waits for it like this.
+                torch.autograd.Variable._execution_engine.queue_callback(self.end_pass)
+
+    def end_pass(self) -> None:
+        """An outermost forward, or a backward, is over.
+
+        What comes next may be the replay of a graph, or the end of a capture. Neither sees what is
+        under way beside the computation. So all of that is waited for, and nothing is kept that a
+        replay could write to.
+        """
+        if self._has_graph:
+            self._join(torch.cuda.current_stream(self._device))
+            if not self._capture:
+                self._begin_epoch()
+
+    def _begin_epoch(self) -> None:
+        self._epoch += 1
+        self._ahead.clear()
+        self._foresight.begin()
 
     def pull(self, visit: Visit, index: int) -> Tiles:
         """The tiles of a cell, valid until the next call; those after it are fetched as well."""
@@ -250,10 +246,6 @@ class PeerTransport:
         if begun:
             for area in (self._weights.area, self._gradients.area, self._landings):
                 area.rewind()
-            if self._has_graph and not self._capturing:
-                # A replay may have come before, which nothing tells of: others may be in it still.
-                self._fence(self._weights)
-                self._fence(self._gradients)
         if index == 0:
             self._foresight.visit(visit)
         return begun
@@ -328,7 +320,7 @@ class PeerTransport:
             self._ahead.append(_Fetched(each, number, versions, weights.consumed, come))
 
     def _exchange(
-        self, lane: _Lane, pulls: Sequence[Any], after: torch.cuda.Event | None = None
+        self, lane: Lane, pulls: Sequence[Any], after: torch.cuda.Event | None = None
     ) -> torch.cuda.Event | None:
         """Meet the others behind what the computation has put there, then pull.
 
@@ -336,15 +328,16 @@ class PeerTransport:
         that of the last pull, or ``None`` if all this happens on the computation's stream.
         """
         number, stream = lane.number, lane.stream
+        self.barriers += 1
         if stream is None or self._computation is None:
-            self._meet(lane, number & 1)
+            lane.meet()
             for each in pulls:
                 self._memory.copy(each, None)
             return None
         given, come = lane.given.of(number), lane.come.of(number)
         given.record(self._computation)
         stream.wait_event(given)
-        self._meet(lane, number & 1)
+        lane.meet()
         if after is not None:
             lane.met.of(number).record(stream)
             stream.wait_event(after)
@@ -368,7 +361,7 @@ class PeerTransport:
         number = self._next(lane)
         at, before = lane.area.take(cell.nbytes, number)
         assert before + 1 < number
-        if computation is not None:
+        if computation is not None and lane.stream is not None:
             # All others have pulled what lies there, and this rank's own part is averaged.
             computation.wait_event(lane.met.of(before + 1))
             computation.wait_event(self._averaged.of(before))
@@ -404,44 +397,42 @@ class PeerTransport:
         self._foresight.begin()
         self._ahead.clear()
         if self._computation is not None:
-            for stream in (self._weights.stream, self._gradients.stream, self.gradient_stream):
-                assert stream is not None
-                self._computation.wait_stream(stream)
+            self._join(self._computation)
 
-    def _next(self, lane: _Lane) -> int:
+    def _join(self, stream: torch.cuda.Stream) -> None:
+        """``stream`` waits for all that lanes do, of this epoch: a graph knows of no other."""
+        for lane in (self._weights, self._gradients):
+            if lane.stream is not None and lane.epoch == self._epoch:
+                stream.wait_stream(lane.stream)
+        if self.gradient_stream is not None and self._gradients.epoch == self._epoch:
+            stream.wait_stream(self.gradient_stream)
+
+    def _next(self, lane: Lane) -> int:
         """The number of a new exchange."""
-        if self._capturing != lane.captured:
-            self._follow_capture(lane)
+        if lane.epoch != self._epoch:
+            self._begin_anew(lane)
         lane.number += 1
         return lane.number
 
-    def _follow_capture(self, lane: _Lane) -> None:
-        """Begin anew inside a graph that is being captured, and after it.
+    def _begin_anew(self, lane: Lane) -> None:
+        """Begin inside a graph that is being captured, or where one may have been replayed.
 
         A captured graph cannot wait for events of outside it. And it repeats its cells in the same
-        places and with the same flags, whichever came last: so it begins with a fence.
+        places and with the same flags, whichever came last. So there is a fence, a barrier after
+        which all ranks are done with all that came before.
         """
-        lane.captured = self._capturing
+        lane.epoch = self._epoch
         lane.forget()
         if lane is self._gradients:
             self._landings.forget()
-            self._averaged = _Events()
-        self._fence(lane)
-
-    def _fence(self, lane: _Lane) -> None:
-        """A barrier that is none of an exchange: all pulls of before it are over."""
-        if self._computation is not None and lane.stream is not None:
-            flag = _FENCE_IN_GRAPH
-            if not self._capturing:
-                lane.fences += 1
-                flag = _FENCES[lane.fences % 2]
-            lane.stream.wait_stream(self._computation)
-            self._meet(lane, flag)
-            self._computation.wait_stream(lane.stream)
-
-    def _meet(self, lane: _Lane, flag: int) -> None:
+            if self._concurrent:
+                self._averaged = Events()
         self.barriers += 1
-        self._memory.barrier(lane.index, flag, lane.stream)
+        if lane.stream is not None and self._computation is not None:
+            lane.stream.wait_stream(self._computation)
+        lane.fence(in_graph=self._capture != 0)
+        if lane.stream is not None and self._computation is not None:
+            self._computation.wait_stream(lane.stream)
 
     def _stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.Stream(self._device, priority=-1) if self._concurrent else None

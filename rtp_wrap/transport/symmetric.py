@@ -78,6 +78,14 @@ class SymmetricMemory:
         whole: torch.Tensor = self._handle.get_buffer(owner, (self._nbytes,), torch.uint8)
         return whole
 
+    def capture(self, stream: torch.cuda.Stream) -> int:
+        """The number of the graph that ``stream`` is being captured in; each has its own."""
+        status, number = ctypes.c_int(), ctypes.c_uint64()
+        handle, wanted = ctypes.c_void_p(stream.cuda_stream), (status, number)
+        pointers = *map(ctypes.byref, wanted), None, None, None
+        _check(driver().cuStreamGetCaptureInfo_v2(handle, *pointers))
+        return number.value
+
     def prepared(self, copies: Copies) -> list[tuple[int, int, int]]:
         """The copies as addresses and bytes: ``Tensor.copy_`` takes the host four times as long."""
         return [(to.data_ptr(), source.data_ptr(), to.nbytes) for to, source in copies]

@@ -12,6 +12,9 @@ from datetime import timedelta
 
 import torch
 
+#: So many numbers a stream can write.
+_COUNTS = 1 << 32
+
 
 class Watchdog:
     """Ends the process if its streams get no further for ``timeout``, as NCCL's watchdog does.
@@ -37,7 +40,7 @@ def _watch(
     before, since = done.tolist(), time.monotonic()
     while not stop.wait(min(1.0, timeout / 10)):
         now = done.tolist()
-        if now != before or now == enqueued:
+        if now != before or all((a - b) % _COUNTS == 0 for a, b in zip(now, enqueued, strict=True)):
             before, since = now, time.monotonic()
         elif time.monotonic() - since > timeout:
             print(
