@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
@@ -202,6 +203,29 @@ def _nothing_in_vain() -> list[int]:
 @multi_world_sizes
 def test_nothing_is_fetched_beyond_a_forward(world_size: int) -> None:
     assert run_ranks(world_size, _nothing_in_vain) == [[4, 4, 4, 4]] * world_size
+
+
+def _copies_come_and_go() -> int:
+    """How many weights of a copy are there after it was deleted, and the original went on."""
+    _, wrapped, x = _ordered()
+    wrapped(x).sum().backward()
+    copy = deepcopy(wrapped)
+    with torch.no_grad():
+        copy(x)
+    weights = [weakref.ref(each) for each in copy.parameters()]
+    del copy
+    for _ in range(2):
+        wrapped(x).sum().backward()
+        with torch.no_grad():
+            wrapped(x)
+    gc.collect()
+    return sum(each() is not None for each in weights)
+
+
+@multi_world_sizes
+def test_a_deleted_copys_weights_are_gone(world_size: int) -> None:
+    """Copies share the ring, and what it knows of which weight comes next."""
+    assert run_ranks(world_size, _copies_come_and_go) == [0] * world_size
 
 
 class Unequal(nn.Module):
