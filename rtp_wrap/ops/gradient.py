@@ -44,12 +44,17 @@ def rotating(weight: DTensor, ring: Ring) -> tuple[torch.Tensor | None, Rotating
     The token is empty, fp32; ``None`` where no gradient is wanted.
     """
     use = RotatingWeight(weight, ring)
-    if not (torch.is_grad_enabled() and weight.requires_grad):
-        return None, use
+    return token_of(use, ring), use
+
+
+def token_of(use: RotatingWeight, ring: Ring) -> torch.Tensor | None:
+    """What stands in for the weight of ``use``; its gradient's node takes from ``use``."""
+    if not (torch.is_grad_enabled() and use.weight.requires_grad):
+        return None
     stream = ring.gradient_stream
     with nullcontext() if stream is None else torch.cuda.stream(stream):
-        token: torch.Tensor = _WeightNode.apply(weight, use, ring)
-    return token, use
+        token: torch.Tensor = _WeightNode.apply(use.weight, use, ring)
+    return token
 
 
 class _WeightNode(torch.autograd.Function):
