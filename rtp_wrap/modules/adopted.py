@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -76,12 +77,12 @@ class Adopted(nn.Module):
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         if module is not None and self._adoption is not None:
-            check_new_module(module, self._adoption.name(name), self._adoption.ring)
+            _take_in(module, self._adoption, name)
         super().add_module(name, module)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and self._adoption is not None:
-            check_new_module(value, self._adoption.name(name), self._adoption.ring)
+            _take_in(value, self._adoption, name)
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -135,6 +136,14 @@ class AdoptedOptimizedModule(Adopted):
 def is_optimized(module: nn.Module) -> bool:
     """Whether ``module`` is what ``torch.compile`` returned for another one."""
     return "_orig_mod" in module._modules
+
+
+def _take_in(module: nn.Module, parent: Adoption, name: str) -> None:
+    """``module`` becomes a part of the parent: nothing new, but maybe something compiled."""
+    check_new_module(module, parent.name(name), parent.ring)
+    if is_optimized(module) and "_adoption" not in vars(module):
+        adoption = replace(parent, fqn=parent.name(name), strategies={})
+        adopt(module, adoption, AdoptedOptimizedModule)
 
 
 def adopt(module: nn.Module, adoption: Adoption, mixin: type[Adopted] = Adopted) -> None:

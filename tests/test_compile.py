@@ -1,0 +1,431 @@
+"""Compiled blocks: one graph for all equal ones, and the results of the dense model."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+if __name__ == "__main__":
+    raise SystemExit(pytest.main([__file__]))
+
+from rtp_wrap import (
+    Gather,
+    MixedPrecisionPolicy,
+    Replicate,
+    Rotate,
+    RotatedTensorParallel,
+    ShardingPolicy,
+)
+from tests.parity import FP64, full, mean_square, sgd
+from tests.ranks import THOROUGH, WORLD_SIZES, device, multi_world_sizes, run_ranks
+from tests.rotated import events
+
+# What the compiler's own code is warned of, and hides from users.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning"),
+]
+
+WIDTH = 8
+#: Weights rotate, biases and norms are replicated.
+POLICY = ShardingPolicy(replicate_below=2 * WIDTH + 1)
+
+
+class Block(nn.Module):
+    """Attention and an MLP, with biases and a layer norm; its linears have different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + attended.transpose(1, 2).flatten(2)
+        return x + self.down(F.gelu(self.up(x)))
+
+
+class LlamaBlock(nn.Module):
+    """The layers of ``examples/llama.py``: RMS norms, grouped queries, a gated MLP, no biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH)
+        self.q, self.k = nn.Linear(WIDTH, WIDTH, bias=False), nn.Linear(WIDTH, 4, bias=False)
+        self.v, self.out = nn.Linear(WIDTH, 4, bias=False), nn.Linear(WIDTH, WIDTH, bias=False)
+        self.gate = nn.Linear(WIDTH, 12, bias=False)
+        self.up, self.down = nn.Linear(WIDTH, 12, bias=False), nn.Linear(12, WIDTH, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.attention_norm(x)
+        q, k, v = (p(y).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        y = self.mlp_norm(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Checkpointed(Block):
+    """Checkpointing inside of what is compiled."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Repeating(nn.Module):
+    """Uses a layer twice, and another one where only its own input needs a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.side = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer(torch.tanh(self.layer(x)))
+        return x * torch.sigmoid(self.side(x.detach()))
+
+
+class Model(nn.Module):
+    """Some equal blocks behind a linear layer, so that the first one's input needs a gradient."""
+
+    def __init__(self, block: Callable[[], nn.Module] = Block, blocks: int = 3) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(block() for _ in range(blocks))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def in_one_size_each(name: str, cases: dict[str, Any]) -> pytest.MarkDecorator:
+    """Parametrize by ``world_size`` and ``name``: the sizes take turns. Compilation takes long."""
+    sizes = WORLD_SIZES if len(WORLD_SIZES) < 3 else WORLD_SIZES[:3]
+    pairs = [
+        (size, case)
+        for index, case in enumerate(cases)
+        for size in (WORLD_SIZES if THOROUGH else [sizes[(index + 1) % len(sizes)]])
+    ]
+    return pytest.mark.parametrize(("world_size", name), pairs)
+
+
+def compile_in_place(model: nn.Module, backend: Any = "aot_eager") -> None:
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.compile(backend=backend, fullgraph=True)
+
+
+def compile_and_assign(model: nn.Module, backend: Any = "aot_eager") -> None:
+    for index, block in enumerate(model.blocks):  # type: ignore[arg-type, union-attr]
+        model.blocks[index] = torch.compile(block, backend=backend, fullgraph=True)  # type: ignore[index, operator]
+
+
+def part(step: int, rank: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """One rank's samples: another number of them on each rank, and in each step."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    samples = 2 + rank + 2 * (step % 2)
+    return torch.randn(samples, 3, WIDTH, generator=generator, dtype=torch.float64).to(
+        device(), dtype
+    )
+
+
+def pair(
+    build: Callable[[], nn.Module] = Model,
+    *,
+    before: Callable[[nn.Module], None] = lambda model: None,
+    after: Callable[[nn.Module], None] = lambda model: None,
+    prepare: Callable[[nn.Module], None] = lambda model: None,
+    dtype: torch.dtype = torch.float64,
+    policy: ShardingPolicy = POLICY,
+    **wrap: Any,
+) -> tuple[nn.Module, RotatedTensorParallel]:
+    """A dense model and a wrapped copy, with ``before`` and ``after`` done around wrapping."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    dense = build().to(device(), dtype)
+    prepare(dense)
+    mine = deepcopy(dense)
+    before(mine)
+    wrapped = RotatedTensorParallel(mine, policy=policy, **wrap)
+    after(wrapped)
+    return dense, wrapped
+
+
+Pass = Callable[[nn.Module, torch.Tensor], None]
+
+
+def plain(model: nn.Module, x: torch.Tensor) -> None:
+    mean_square(model(x)).backward()
+
+
+def train(
+    dense: nn.Module, wrapped: nn.Module, pass_: Pass = plain, steps: int = 3, name: str = ""
+) -> None:
+    """Both make the same steps, the dense one on every rank's samples, and are compared."""
+    optimizers = [sgd(dense.parameters()), sgd(wrapped.parameters())]
+    ranks = dist.get_world_size()
+    for step in range(steps):
+        for rank in range(ranks):
+            pass_(dense, part(step, rank))
+        for parameter in dense.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= ranks
+        pass_(wrapped, part(step, dist.get_rank()))
+        compare(dense, wrapped, f"{name} {step}: gradients", lambda parameter: parameter.grad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        compare(dense, wrapped, f"{name} {step}: weights", torch.Tensor.detach)
+
+
+def compare(
+    dense: nn.Module, wrapped: nn.Module, when: str, value: Callable[[Any], torch.Tensor | None]
+) -> None:
+    """By order: ``torch.compile(block)`` has other names."""
+    named = zip(dense.named_parameters(), wrapped.parameters(), strict=True)
+    for (fqn, theirs), ours in named:
+        expected, found = value(theirs), value(ours)
+        assert (found is None) == (expected is None), f"{when} of {fqn}: presence"
+        if expected is not None:
+            message = functools.partial("{}: {}".format, f"{when} of {fqn}")
+            torch.testing.assert_close(full(found), expected, **FP64, msg=message)
+
+
+# One graph.
+
+
+class Counting:
+    """A backend that keeps the graphs which it is given, and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        self.graphs.append(graph)
+        return graph.forward
+
+
+def _check_one_graph(block: Callable[[], nn.Module], compiling: str) -> None:
+    counting = Counting()
+    compile_ = functools.partial(COMPILING[compiling], backend=counting)
+    when = {"after" if compiling.endswith("after") else "before": compile_}
+    dense, wrapped = pair(functools.partial(Model, block), **when)
+    counts = []
+    for step in range(4):
+        x = part(step, dist.get_rank())
+        torch.testing.assert_close(wrapped(x), dense(x), **FP64)
+        counts.append(len(counting.graphs))
+    assert counts == [1, 2, 2, 2], counts  # of one batch size, then of any
+    wrapped.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped(x), dense(x), **FP64)
+    assert len(counting.graphs) == 3, counts
+
+
+COMPILING: dict[str, Callable[..., None]] = {
+    "in place, before": compile_in_place,
+    "in place, after": compile_in_place,
+    "assigned, before": compile_and_assign,
+    "assigned, after": compile_and_assign,
+}
+
+
+ONE_GRAPH = {
+    **{compiling: (Block, compiling) for compiling in COMPILING},
+    "llama": (LlamaBlock, "in place, before"),
+}
+
+
+@in_one_size_each("case", ONE_GRAPH)
+def test_equal_blocks_are_one_graph_without_a_break(world_size: int, case: str) -> None:
+    run_ranks(world_size, _check_one_graph, *ONE_GRAPH[case])
+
+
+# Training.
+
+
+def _check_training(block: Callable[[], nn.Module], transport: str, compiling: str) -> None:
+    when = {"after" if compiling.endswith("after") else "before": COMPILING[compiling]}
+    policy = ShardingPolicy(replicate_below=2 * WIDTH + 1, transport=transport)
+    train(*pair(functools.partial(Model, block, 2), policy=policy, **when))
+
+
+CASES = {
+    "plain": (Block, "ring", "in place, before"),
+    "llama": (LlamaBlock, "ring", "in place, after"),
+    "repeating": (Repeating, "ring", "assigned, before"),
+    "checkpointed": (Checkpointed, "ring", "in place, before"),
+    "peers": (Block, "peer", "assigned, after"),
+    "repeating by peers": (Repeating, "peer", "in place, before"),
+}
+
+
+@in_one_size_each("case", CASES)
+def test_training_is_that_of_the_dense_model(world_size: int, case: str) -> None:
+    run_ranks(world_size, _check_training, *CASES[case])
+
+
+# Passes: ways to come to gradients, one after the other with one compiled model.
+
+
+def accumulating(model: nn.Module, x: torch.Tensor) -> None:
+    for inputs in (x, x * 2, x + 1):
+        mean_square(model(inputs)).backward()
+
+
+def two_forwards_first(model: nn.Module, x: torch.Tensor) -> None:
+    first, second = model(x), model(x * 2)
+    mean_square(first).backward()
+    mean_square(second).backward()
+
+
+def one_loss_of_two_forwards(model: nn.Module, x: torch.Tensor) -> None:
+    (mean_square(model(x)) + mean_square(model(x * 2))).backward()
+
+
+def evaluating_between(model: nn.Module, x: torch.Tensor) -> None:
+    y = model(x)
+    model.eval()
+    with torch.no_grad():
+        model(x * 3)
+    model.train()
+    mean_square(y).backward()
+
+
+def of_the_input_first(model: nn.Module, x: torch.Tensor) -> None:
+    """A backward that makes gradients of weights which nobody takes."""
+    inputs = x.clone().requires_grad_()
+    torch.autograd.grad(mean_square(model(inputs)), inputs)
+    mean_square(model(x)).backward()
+
+
+def checkpointed(model: nn.Module, x: torch.Tensor) -> None:
+    mean_square(checkpoint(model, x, use_reentrant=False)).backward()
+
+
+def checkpointed_reentrant(model: nn.Module, x: torch.Tensor) -> None:
+    y = checkpoint(model, x.clone().requires_grad_(), use_reentrant=True)
+    mean_square(y).backward()
+
+
+PASSES: tuple[Pass, ...] = (
+    accumulating,
+    two_forwards_first,
+    one_loss_of_two_forwards,
+    evaluating_between,
+    of_the_input_first,
+    checkpointed,
+    checkpointed_reentrant,
+)
+
+
+def _check_passes(transport: str) -> None:
+    policy = ShardingPolicy(replicate_below=2 * WIDTH + 1, transport=transport)
+    dense, wrapped = pair(
+        functools.partial(Model, Repeating, 2), before=compile_in_place, policy=policy
+    )
+    for pass_ in PASSES:
+        train(dense, wrapped, pass_, 1, pass_.__name__)
+
+
+@in_one_size_each("transport", {"ring": None, "peer": None})
+def test_every_way_to_gradients(world_size: int, transport: str) -> None:
+    run_ranks(world_size, _check_passes, transport)
+
+
+def _freeze(model: nn.Module) -> None:
+    model.first.requires_grad_(False)  # type: ignore[union-attr]
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.layer.weight.requires_grad_(False)
+
+
+def _check_frozen() -> None:
+    dense, wrapped = pair(
+        functools.partial(Model, Repeating, 2), before=compile_in_place, prepare=_freeze
+    )
+    train(dense, wrapped, steps=2)
+    x = part(0, dist.get_rank())
+    loss = mean_square(wrapped(x))
+    wrapped.load_state_dict(wrapped.state_dict())
+    with pytest.raises(RuntimeError, match=r"blocks.1.side was written"):
+        loss.backward()
+    loss = mean_square(wrapped(x))
+    with torch.no_grad():
+        wrapped.blocks[1].layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"blocks.1.layer was written"):
+        loss.backward()
+
+
+@multi_world_sizes
+def test_frozen_weights(world_size: int) -> None:
+    if world_size == 2 or THOROUGH:
+        run_ranks(world_size, _check_frozen)
+
+
+def _check_write() -> None:
+    _, wrapped = pair(functools.partial(Model, Repeating, 1), before=compile_in_place)
+    x = part(0, dist.get_rank())
+    optimizer = torch.optim.AdamW(wrapped.parameters(), foreach=True)
+    mean_square(wrapped(x)).backward()
+    for forward in (wrapped, functools.partial(checkpoint, wrapped, use_reentrant=False)):
+        loss = mean_square(forward(x))
+        optimizer.step()
+        with pytest.raises(RuntimeError, match=r"blocks.0\.\w+ was written"):
+            loss.backward()
+
+
+@multi_world_sizes
+def test_a_write_between_forward_and_backward_is_an_error(world_size: int) -> None:
+    if world_size == 2 or THOROUGH:
+        run_ranks(world_size, _check_write)
+
+
+# The compiler that moves operators.
+
+
+class Branches(nn.Module):
+    """Layers that do not depend on each other, some of them without a use, of several sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(WIDTH, 64), nn.Linear(WIDTH, 4)
+        self.unused, self.last = nn.Linear(WIDTH, 32), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.unused(x)
+        y = F.gelu(self.wide(x)).mean(-1, keepdim=True) + torch.tanh(self.narrow(x)).mean()
+        return y + self.last(x)
+
+
+def _check_inductor() -> None:
+    def prepare(model: nn.Module) -> None:
+        compile_in_place(model, "inductor")
+
+    with torch._inductor.config.patch(compile_threads=1):
+        dense, wrapped = pair(functools.partial(Model, Branches, 2), before=prepare)
+        train(dense, wrapped, steps=4)
+        uncompiled = RotatedTensorParallel(deepcopy(dense), policy=POLICY)
+        with events() as eager:
+            mean_square(uncompiled(part(0, dist.get_rank()))).backward()
+        with events() as compiled:
+            mean_square(wrapped(part(0, dist.get_rank()))).backward()
+        assert [event for event in compiled if "unused" not in event] == eager
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@multi_world_sizes
+def test_inductor_keeps_the_order_with_another_batch_size_on_each_rank(world_size: int) -> None:
+    if world_size == 2 or THOROUGH:
+        run_ranks(world_size, _check_inductor)
