@@ -392,6 +392,121 @@ def test_a_write_between_forward_and_backward_is_an_error(world_size: int) -> No
         run_ranks(world_size, _check_write)
 
 
+# What else a model is made of.
+
+
+class Various(nn.Module):
+    """A graph, and modules that no graph can contain between its parts; a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, WIDTH))
+        self.up, self.norm = nn.Linear(WIDTH, 5), nn.BatchNorm1d(3)
+        self.down = nn.Linear(5, WIDTH)
+        self.attention = nn.MultiheadAttention(WIDTH, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.down(torch.tanh(self.norm(self.up(x * self.scale))))
+        return x + self.attention(x, x, x)[0]
+
+
+def _check_various(policy: ShardingPolicy) -> None:
+    def in_parts(model: nn.Module) -> None:
+        for block in model.blocks:  # type: ignore[union-attr]
+            block.compile(backend="aot_eager")
+
+    dense, wrapped = pair(functools.partial(Model, Various, 1), before=in_parts, policy=policy)
+    # A batch norm's statistics are of one rank's samples: the dense one's must not be of all.
+    dense.eval(), wrapped.eval()
+    train(dense, wrapped, steps=2)
+
+
+POLICIES = {
+    "gathered": ShardingPolicy(rules={"*": Gather()}),
+    "rotated": ShardingPolicy(replicate_below=0),
+    "columns": ShardingPolicy(rules={"*.up": Rotate(dim=1)}),
+}
+
+
+@in_one_size_each("policy", POLICIES)
+def test_modules_that_no_graph_contains_run_between_its_parts(world_size: int, policy: str) -> None:
+    run_ranks(world_size, _check_various, POLICIES[policy])
+
+
+def _check_precision() -> None:
+    mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    x = part(0, dist.get_rank(), torch.float32)
+    outputs, gradients = [], []
+    for compile_ in (compile_in_place, lambda model: None):
+        for precision, autocast in ((mixed, False), (None, True)):
+            _, wrapped = pair(before=compile_, dtype=torch.float32, mixed_precision=precision)
+            with torch.autocast(device().type, torch.bfloat16, enabled=autocast):
+                outputs.append(wrapped(x))
+            mean_square(outputs[-1].float()).backward()
+            gradients.append([full(parameter.grad) for parameter in wrapped.parameters()])
+    # bf16 has 8 bits, and a graph rounds at other places than single operations do.
+    for compiled, eager in ((0, 2), (1, 3)):
+        assert outputs[compiled].dtype == outputs[eager].dtype
+        torch.testing.assert_close(outputs[compiled], outputs[eager], rtol=0.02, atol=0.02)
+        torch.testing.assert_close(gradients[compiled], gradients[eager], rtol=0.02, atol=0.02)
+
+
+def test_mixed_precision_and_autocast() -> None:
+    run_ranks(2, _check_precision)
+
+
+def _check_copies() -> None:
+    dense, wrapped = pair(functools.partial(Model, Repeating, 1))
+    compile_in_place(wrapped, "eager")
+    x = part(0, dist.get_rank())
+    wrapped(x)
+    copy = deepcopy(wrapped)
+    compile_in_place(copy, "eager")
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            parameter.mul_(2)
+        for parameter in dense.parameters():
+            parameter.mul_(2)
+    torch.testing.assert_close(copy(x), dense(x), **FP64)
+    for module in wrapped.modules():
+        assert vars(module).get("_captured") is None
+
+
+def test_a_copy_has_its_own_weights_and_nothing_outlives_a_call() -> None:
+    run_ranks(2, _check_copies)
+
+
+def _check_whole_model() -> None:
+    dense, wrapped = pair(functools.partial(Model, Repeating, 1))
+    counting = Counting()
+    compiled = torch.compile(wrapped, backend=counting)
+    for _ in range(2):
+        dense.zero_grad()
+        wrapped.zero_grad()
+        x = part(0, 0)
+        mean_square(dense(x)).backward()
+        mean_square(compiled(x)).backward()
+        compare(dense, wrapped, "gradients", lambda parameter: parameter.grad)
+    assert not counting.graphs
+
+
+def test_a_whole_compiled_model_computes_as_if_it_was_not() -> None:
+    run_ranks(2, _check_whole_model)
+
+
+def _check_errors() -> None:
+    _, wrapped = pair(functools.partial(Model, Repeating, 1), after=compile_in_place)
+    block = wrapped.blocks[0]
+    with pytest.raises(TypeError, match=r"blocks.0.layer: input is torch.float32 but the layer"):
+        block(torch.ones(2, WIDTH, dtype=torch.float32, device=device()))
+    with pytest.raises(ValueError, match=r"blocks.0.layer: input of shape \(2, 3\) does not end"):
+        block(torch.ones(2, 3, dtype=torch.float64, device=device()))
+
+
+def test_errors_name_the_layer() -> None:
+    run_ranks(2, _check_errors)
+
+
 # The compiler that moves operators.
 
 
@@ -409,21 +524,36 @@ class Branches(nn.Module):
         return y + self.last(x)
 
 
+class CheckpointedBranches(Branches):
+    """Which operators are computed again for the backward is the compiler's choice, too."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+class Mixed(Model):
+    def __init__(self) -> None:
+        super().__init__(blocks=0)
+        self.blocks.extend([Branches(), CheckpointedBranches()])
+
+
 def _check_inductor() -> None:
-    def prepare(model: nn.Module) -> None:
-        compile_in_place(model, "inductor")
-
+    in_place = functools.partial(compile_in_place, backend="inductor")
+    policy = ShardingPolicy(rules={"*bias": Replicate()}, replicate_below=0)
     with torch._inductor.config.patch(compile_threads=1):
-        dense, wrapped = pair(functools.partial(Model, Branches, 2), before=prepare)
-        train(dense, wrapped, steps=4)
-        uncompiled = RotatedTensorParallel(deepcopy(dense), policy=POLICY)
-        with events() as eager:
-            mean_square(uncompiled(part(0, dist.get_rank()))).backward()
+        dense, wrapped = pair(Mixed, before=in_place, policy=policy)
+        train(dense, wrapped, steps=3)
+        x = part(0, dist.get_rank())
         with events() as compiled:
-            mean_square(wrapped(part(0, dist.get_rank()))).backward()
-        assert [event for event in compiled if "unused" not in event] == eager
+            mean_square(wrapped(x)).backward()
+    uncompiled = RotatedTensorParallel(deepcopy(dense), policy=policy)
+    with events() as eager:
+        mean_square(uncompiled(x)).backward()
+    assert "blocks.1.unused forward" in eager
+    assert compiled == eager
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 @multi_world_sizes
 def test_inductor_keeps_the_order_with_another_batch_size_on_each_rank(world_size: int) -> None:
