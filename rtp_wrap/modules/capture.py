@@ -28,7 +28,7 @@ class Capture:
         self._before: list[tuple[nn.Module, Any]] = []
 
     def __enter__(self) -> None:
-        order = Order.new()
+        order = Order()
         try:
             for module, adoption in _compilable(self._module):
                 self._before.append((module, vars(module).get("_captured")))

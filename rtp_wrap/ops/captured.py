@@ -42,6 +42,7 @@ class CapturedLinear:
         number = next(_numbers)
         self.number = torch.tensor(number, device="cpu")
         self.weight: DTensor | None = None
+        self._order: Order | None = None
         # Of the running backward: its number among all, and what its operators found so far.
         self._pending: tuple[int, DTensor] | None = None
         _layers[number] = self
@@ -52,11 +53,18 @@ class CapturedLinear:
 
     def inputs(self, weight: DTensor, order: Order) -> LinearInputs:
         """What one call of the layer is in a graph; made outside of it."""
-        self.weight = weight
+        self.weight, self._order = weight, order
         token = token_of(_CapturedWeight(self, weight), self.ring)
         features = weight.shape[1 if self.transposed else 0]
         dtype = self.ring.precision.compute_dtype(weight.dtype)
-        return LinearInputs(self.number, token, features, dtype, *order)
+        return LinearInputs(self.number, token, features, dtype, order)
+
+    def begin_forward(self) -> DTensor:
+        """The weight, for an operator that begins."""
+        assert self.weight is not None
+        assert self._order is not None
+        self._order.provide()
+        return self.weight
 
     def put(self, gradient: DTensor) -> None:
         """Leave a gradient for the weight's node; of several uses their sum."""
@@ -76,19 +84,22 @@ class CapturedLinear:
         return pending[1] if pending is not None and is_of_this else None
 
 
-class Order(NamedTuple):
-    """What the operators of one call of a compiled module write to.
+class Order:
+    """What the operators of one call of a compiled module write to, 0-dimensional each.
 
-    That of the backward is saved for it, so nothing else may write to it meanwhile: each call has
-    its own.
+    That of the backward is saved for it, and nothing else may write to it until then. Where a
+    module is more than one graph, each has its own: the forward of one provides that of the next.
     """
 
-    forward: torch.Tensor
-    backward: torch.Tensor
+    __slots__ = ("backward", "forward")
 
-    @staticmethod
-    def new() -> Order:
-        return Order(torch.zeros((), device="cpu"), torch.zeros((), device="cpu"))
+    def __init__(self) -> None:
+        self.forward = torch.zeros((), device="cpu")
+        self.provide()
+
+    def provide(self) -> None:
+        """Another one for the backward of what comes next."""
+        self.backward = torch.zeros((), device="cpu")
 
 
 class LinearInputs(NamedTuple):
@@ -98,8 +109,7 @@ class LinearInputs(NamedTuple):
     token: torch.Tensor | None
     features: int
     dtype: torch.dtype
-    forward_order: torch.Tensor
-    backward_order: torch.Tensor
+    order: Order
 
 
 class _CapturedWeight(RotatingWeight):
@@ -135,8 +145,8 @@ def captured_linear(
         None if bias is None else bias.to(dtype),
         inputs.token,
         inputs.layer,
-        inputs.forward_order,
-        inputs.backward_order,
+        inputs.order.forward,
+        inputs.order.backward,
         inputs.features,
         dtype,
     )
@@ -187,8 +197,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``y``, and the versions of the weight that it was computed with."""
     its = _layer(layer)
-    weight = its.weight
-    assert weight is not None
+    weight = its.begin_forward()
     check_features(its.fqn, x, weight, its.transposed)
     check_dtype(its.fqn, x, dtype)
     versions = WriteCheck(weight, its.fqn, its.ring).versions
