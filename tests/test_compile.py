@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -296,8 +296,10 @@ def one_loss_of_two_forwards(model: nn.Module, x: torch.Tensor) -> None:
 
 
 def evaluating_between(model: nn.Module, x: torch.Tensor) -> None:
-    y = model(x)
     model.eval()
+    with torch.inference_mode():
+        model(x * 4)
+    y = model(x)
     with torch.no_grad():
         model(x * 3)
     model.train()
@@ -321,10 +323,10 @@ def checkpointed_reentrant(model: nn.Module, x: torch.Tensor) -> None:
 
 
 PASSES: tuple[Pass, ...] = (
+    evaluating_between,  # inference is the first call of all
     accumulating,
     two_forwards_first,
     one_loss_of_two_forwards,
-    evaluating_between,
     of_the_input_first,
     checkpointed,
     checkpointed_reentrant,
@@ -410,7 +412,9 @@ class Various(nn.Module):
         return x + self.attention(x, x, x)[0]
 
 
-def _check_various(policy: ShardingPolicy) -> None:
+def _check_various(name: str) -> None:
+    policy = POLICIES[name]
+
     def in_parts(model: nn.Module) -> None:
         for block in model.blocks:  # type: ignore[union-attr]
             block.compile(backend="aot_eager")
@@ -418,7 +422,22 @@ def _check_various(policy: ShardingPolicy) -> None:
     dense, wrapped = pair(functools.partial(Model, Various, 1), before=in_parts, policy=policy)
     # A batch norm's statistics are of one rank's samples: the dense one's must not be of all.
     dense.eval(), wrapped.eval()
-    train(dense, wrapped, steps=2)
+    with events() as seen:
+        train(dense, wrapped, steps=2)
+    gathers = name == "gathered" or dist.get_world_size() == 1  # else weights stay in shards
+    assert any("up.weight gather for backward" in event for event in seen) == gathers
+    assert {site.fqn for site in wrapped.plan.sites or ()} == SITES
+
+
+SITES = {
+    "first",
+    "blocks.0",
+    "blocks.0.up",
+    "blocks.0.norm",
+    "blocks.0.down",
+    "blocks.0.attention",
+    "blocks.0.attention.out_proj",
+}
 
 
 POLICIES = {
@@ -430,7 +449,7 @@ POLICIES = {
 
 @in_one_size_each("policy", POLICIES)
 def test_modules_that_no_graph_contains_run_between_its_parts(world_size: int, policy: str) -> None:
-    run_ranks(world_size, _check_various, POLICIES[policy])
+    run_ranks(world_size, _check_various, policy)
 
 
 def _check_precision() -> None:
@@ -476,8 +495,24 @@ def test_a_copy_has_its_own_weights_and_nothing_outlives_a_call() -> None:
     run_ranks(2, _check_copies)
 
 
+class Tokens(nn.Module):
+    """Not a block: a whole small model, that begins with an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.block = nn.Embedding(7, WIDTH), Repeating()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(self.embedding((x[..., 0] * 1000).long().remainder(7)))
+
+
+def _compile_all(model: nn.Module) -> None:
+    model.compile(backend="aot_eager")
+
+
 def _check_whole_model() -> None:
-    dense, wrapped = pair(functools.partial(Model, Repeating, 1))
+    train(*pair(Tokens, before=_compile_all), steps=2)
+    dense, wrapped = pair(Tokens)
     counting = Counting()
     compiled = torch.compile(wrapped, backend=counting)
     for _ in range(2):
@@ -490,7 +525,7 @@ def _check_whole_model() -> None:
     assert not counting.graphs
 
 
-def test_a_whole_compiled_model_computes_as_if_it_was_not() -> None:
+def test_a_whole_model_can_be_compiled_before_wrapping_and_is_not_afterwards() -> None:
     run_ranks(2, _check_whole_model)
 
 

@@ -6,7 +6,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from rtp_wrap.modules.adopted import Adopted, AdoptedOptimizedModule, AdoptedParameterList, adopt, is_optimized
+from rtp_wrap.modules.adopted import (
+    Adopted,
+    AdoptedOptimizedModule,
+    AdoptedParameterList,
+    adopt,
+    is_optimized,
+)
 from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.attention import RotatedMultiheadAttention, can_rotate
 from rtp_wrap.modules.conv import RotatedConv, RotatedConvTranspose

@@ -55,7 +55,7 @@ class Adopted(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._adoption is None:
             return super().forward(*args, **kwargs)
-        if torch.compiler.is_compiling() and self._captured is not None:
+        if self._captured is not None and torch.compiler.is_compiling():
             return super().forward(*args, **kwargs)
         with Frame(self, self._adoption):
             return super().forward(*args, **kwargs)

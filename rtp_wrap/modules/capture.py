@@ -31,6 +31,9 @@ class Capture:
         order = Order()
         try:
             for module, adoption in _compilable(self._module):
+                sites = adoption.ring.sites
+                if sites is not None and adoption.strategies and module is not self._module:
+                    sites.append(adoption.fqn)  # no frame will tell when it is called
                 self._before.append((module, vars(module).get("_captured")))
                 vars(module)["_captured"] = module.capture(adoption, order)
         except BaseException:

@@ -40,7 +40,8 @@ class CapturedLinear:
     def __init__(self, ring: Ring, fqn: str, transposed: bool) -> None:
         self.ring, self.fqn, self.transposed = ring, fqn, transposed
         number = next(_numbers)
-        self.number = torch.tensor(number, device="cpu")
+        with torch.inference_mode(False):  # the first call may be in it, others will not
+            self.number = torch.tensor(number, device="cpu")
         self.weight: DTensor | None = None
         self._order: Order | None = None
         # Of the running backward: its number among all, and what its operators found so far.
