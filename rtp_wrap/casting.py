@@ -31,8 +31,6 @@ def _cast(value: Any, dtype: torch.dtype, done: dict[int, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point() or value.dtype == dtype:
             return value
-        if torch.compiler.is_compiling():
-            return value.to(dtype)  # in a graph, equal conversions are one
         if id(value) not in done:
             done[id(value)] = value.to(dtype)
         return done[id(value)]

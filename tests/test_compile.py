@@ -207,14 +207,15 @@ def compare(
 
 
 class Counting:
-    """A backend that keeps the graphs which it is given, and runs them as they are."""
+    """A backend that keeps the graphs which it is given, and leaves them to another one."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "eager") -> None:
         self.graphs: list[torch.fx.GraphModule] = []
+        self._compile = torch._dynamo.lookup_backend(backend)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Any:
         self.graphs.append(graph)
-        return graph.forward
+        return self._compile(graph, inputs)
 
 
 def _check_one_graph(block: Callable[[], nn.Module], compiling: str) -> None:
@@ -456,11 +457,15 @@ def _check_precision() -> None:
     mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
     x = part(0, dist.get_rank(), torch.float32)
     outputs, gradients = [], []
-    for compile_ in (compile_in_place, lambda model: None):
+    for compiles in (True, False):
         for precision, autocast in ((mixed, False), (None, True)):
-            _, wrapped = pair(before=compile_, dtype=torch.float32, mixed_precision=precision)
+            counting = Counting("aot_eager")
+            _, wrapped = pair(dtype=torch.float32, mixed_precision=precision)
+            if compiles:
+                compile_in_place(wrapped, counting)
             with torch.autocast(device().type, torch.bfloat16, enabled=autocast):
                 outputs.append(wrapped(x))
+            assert len(counting.graphs) == int(compiles)
             mean_square(outputs[-1].float()).backward()
             gradients.append([full(parameter.grad) for parameter in wrapped.parameters()])
     # bf16 has 8 bits, and a graph rounds at other places than single operations do.

@@ -44,7 +44,7 @@ class CapturedLinear:
             self.number = torch.tensor(number, device="cpu")
         self.weight: DTensor | None = None
         self._order: Order | None = None
-        # Of the running backward: its number among all, and what its operators found so far.
+        # The number of a backward, and what its operators found so far.
         self._pending: tuple[int, DTensor] | None = None
         _layers[number] = self
 
@@ -68,21 +68,20 @@ class CapturedLinear:
         return self.weight
 
     def put(self, gradient: DTensor) -> None:
-        """Leave a gradient for the weight's node; of several uses their sum."""
-        task = torch._C._current_graph_task_id()
-        if self._pending is not None and self._pending[0] == task:
+        """Leave a gradient for the weight's node; of several uses in one backward their sum."""
+        backward = torch._C._current_graph_task_id()  # no public call tells
+        # Nobody took the one of another backward: torch.autograd.grad() of an input alone, say.
+        if self._pending is not None and self._pending[0] == backward:
             stream = self.ring.gradient_stream
             with nullcontext() if stream is None else torch.cuda.stream(stream):
                 total = self._pending[1]._local_tensor + gradient._local_tensor
-                gradient = dtensor_like(total, gradient)
-        self._pending = task, gradient
+            gradient = dtensor_like(total, gradient)
+        self._pending = backward, gradient
 
     def take(self) -> DTensor | None:
-        """What was left in the backward that is running."""
+        """What was left, if the node of another call has not taken it together with its own."""
         pending, self._pending = self._pending, None
-        # One that nobody took, as in autograd.grad() of an input alone, is no part of this one.
-        is_of_this = pending is not None and pending[0] == torch._C._current_graph_task_id()
-        return pending[1] if pending is not None and is_of_this else None
+        return None if pending is None else pending[1]
 
 
 class Order:
