@@ -27,7 +27,7 @@ from rtp_wrap import (
     ShardingPolicy,
 )
 from tests.parity import FP64, full, mean_square, sgd
-from tests.ranks import THOROUGH, WORLD_SIZES, device, multi_world_sizes, run_ranks
+from tests.ranks import THOROUGH, WORLD_SIZES, device, run_ranks
 from tests.rotated import events
 
 # What the compiler's own code is warned of, and hides from users.
@@ -112,12 +112,15 @@ class Model(nn.Module):
 
 
 def in_one_size_each(name: str, cases: dict[str, Any]) -> pytest.MarkDecorator:
-    """Parametrize by ``world_size`` and ``name``: the sizes take turns. Compilation takes long."""
-    sizes = WORLD_SIZES if len(WORLD_SIZES) < 3 else WORLD_SIZES[:3]
+    """Parametrize by ``world_size`` and ``name``: the sizes take turns, since compiling takes long.
+
+    The first case is with two ranks, the third one with one.
+    """
+    sizes = [*WORLD_SIZES[1:3], *WORLD_SIZES[:1]]
     pairs = [
         (size, case)
         for index, case in enumerate(cases)
-        for size in (WORLD_SIZES if THOROUGH else [sizes[(index + 1) % len(sizes)]])
+        for size in (WORLD_SIZES if THOROUGH else [sizes[index % len(sizes)]])
     ]
     return pytest.mark.parametrize(("world_size", name), pairs)
 
@@ -266,10 +269,9 @@ def _check_training(block: Callable[[], nn.Module], transport: str, compiling: s
 CASES = {
     "plain": (Block, "ring", "in place, before"),
     "llama": (LlamaBlock, "ring", "in place, after"),
-    "repeating": (Repeating, "ring", "assigned, before"),
-    "checkpointed": (Checkpointed, "ring", "in place, before"),
+    "alone": (Block, "ring", "in place, before"),
+    "checkpointed": (Checkpointed, "ring", "assigned, before"),
     "peers": (Block, "peer", "assigned, after"),
-    "repeating by peers": (Repeating, "peer", "in place, before"),
 }
 
 
@@ -371,10 +373,8 @@ def _check_frozen() -> None:
         loss.backward()
 
 
-@multi_world_sizes
-def test_frozen_weights(world_size: int) -> None:
-    if world_size == 2 or THOROUGH:
-        run_ranks(world_size, _check_frozen)
+def test_frozen_weights() -> None:
+    run_ranks(2, _check_frozen)
 
 
 def _check_write() -> None:
@@ -389,10 +389,8 @@ def _check_write() -> None:
             loss.backward()
 
 
-@multi_world_sizes
-def test_a_write_between_forward_and_backward_is_an_error(world_size: int) -> None:
-    if world_size == 2 or THOROUGH:
-        run_ranks(world_size, _check_write)
+def test_a_write_between_forward_and_backward_is_an_error() -> None:
+    run_ranks(2, _check_write)
 
 
 # What else a model is made of.
@@ -535,7 +533,11 @@ def test_a_whole_model_can_be_compiled_before_wrapping_and_is_not_afterwards() -
 
 
 def _check_errors() -> None:
-    _, wrapped = pair(functools.partial(Model, Repeating, 1), after=compile_in_place)
+    dense, wrapped = pair(functools.partial(Model, Repeating, 1), after=compile_in_place)
+    x = torch.ones(WIDTH, dtype=torch.float64, device=device())
+    for model in (dense, wrapped):
+        mean_square(model(x)).backward()
+    compare(dense, wrapped, "gradients of one vector", lambda parameter: parameter.grad)
     block = wrapped.blocks[0]
     with pytest.raises(TypeError, match=r"blocks.0.layer: input is torch.float32 but the layer"):
         block(torch.ones(2, WIDTH, dtype=torch.float32, device=device()))
@@ -543,8 +545,26 @@ def _check_errors() -> None:
         block(torch.ones(2, 3, dtype=torch.float64, device=device()))
 
 
-def test_errors_name_the_layer() -> None:
+def test_a_vector_will_do_and_errors_name_the_layer() -> None:
     run_ranks(2, _check_errors)
+
+
+class Transposed(nn.Module):
+    """Hugging Face's linear layer, whose weight is ``[in, out]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.up, self.down = Conv1D(3 * WIDTH, WIDTH), Conv1D(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+
+def test_layers_of_hugging_face() -> None:
+    pytest.importorskip("transformers")
+    run_ranks(2, _check_training, Transposed, "ring", "in place, before")
 
 
 # The compiler that moves operators.
@@ -590,12 +610,11 @@ def _check_inductor() -> None:
     with events() as eager:
         mean_square(uncompiled(x)).backward()
     assert "blocks.1.unused forward" in eager
-    assert compiled == eager
+    # torch 2.11 keeps what an operator in a checkpointed region returned, and has it only once.
+    assert compiled in (eager, list(dict.fromkeys(eager)))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-@multi_world_sizes
-def test_inductor_keeps_the_order_with_another_batch_size_on_each_rank(world_size: int) -> None:
-    if world_size == 2 or THOROUGH:
-        run_ranks(world_size, _check_inductor)
+def test_inductor_keeps_the_order_with_another_batch_size_on_each_rank() -> None:
+    run_ranks(2, _check_inductor)

@@ -36,7 +36,7 @@ class Adopted(nn.Module):
     #: In a call of a compiled module: what it reads in the graph (see ``capture``).
     _captured: dict[str, Any] | None = None
     #: Whether a graph can contain it.
-    compiles = True
+    _compiles = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._adoption is None:
@@ -60,7 +60,7 @@ class Adopted(nn.Module):
         with Frame(self, self._adoption):
             return super().forward(*args, **kwargs)
 
-    def capture(self, adoption: Adoption, order: Order) -> dict[str, Any]:
+    def _capture(self, adoption: Adoption, order: Order) -> dict[str, Any]:
         """What a graph reads of this module; called in its frame, or in that of one above."""
         return {
             name: getattr(self, name)

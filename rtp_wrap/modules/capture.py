@@ -35,7 +35,7 @@ class Capture:
                 if sites is not None and adoption.strategies and module is not self._module:
                     sites.append(adoption.fqn)  # no frame will tell when it is called
                 self._before.append((module, vars(module).get("_captured")))
-                vars(module)["_captured"] = module.capture(adoption, order)
+                vars(module)["_captured"] = module._capture(adoption, order)
         except BaseException:
             self._restore()
             raise
@@ -65,7 +65,7 @@ def _compilable(module: nn.Module) -> Iterator[tuple[Any, Adoption]]:
         module = pending.pop()
         adoption = vars(module).get("_adoption")
         if adoption is not None:
-            if not module.compiles:
+            if not module._compiles:
                 continue
             yield module, adoption
         below = [each for each in module.children() if each not in seen]

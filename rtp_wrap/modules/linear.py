@@ -22,7 +22,7 @@ class RotatedLinear(Rotated):
     """
 
     bias: torch.Tensor | None
-    compiles = True
+    _compiles = True
     #: Whether the weight is ``[in_features, out_features]``.
     _transposed = False
 
@@ -46,8 +46,8 @@ class RotatedLinear(Rotated):
                 transposed=self._transposed,
             )
 
-    def capture(self, adoption: Adoption, order: Order) -> dict[str, Any]:
-        captured = super().capture(adoption, order)
+    def _capture(self, adoption: Adoption, order: Order) -> dict[str, Any]:
+        captured = super()._capture(adoption, order)
         if adoption.ring.world_size > 1:
             if "_layer" not in vars(self):
                 vars(self)["_layer"] = CapturedLinear(adoption.ring, self.site, self._transposed)

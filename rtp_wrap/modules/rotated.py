@@ -14,7 +14,7 @@ from rtp_wrap.policy import Rotate
 class Rotated(Adopted):
     """An adopted module whose forward computes on rotating tiles."""
 
-    compiles = False
+    _compiles = False
 
     @staticmethod
     def rotation_dim(module: nn.Module, name: str) -> int | None:

@@ -176,7 +176,7 @@ class _CapturedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, layer, versions, order = ctx.saved_tensors
         dx = _backward(dy, x, layer, versions, order, ctx.features, ctx.needs_dx)
-        db = dy.flatten(0, -2).sum(0) if ctx.needs_db else None
+        db = flat(dy).sum(0) if ctx.needs_db else None
         token_gradient = dy.new_empty(0, dtype=torch.float32) if ctx.needs_dw else None
         return dx if ctx.needs_dx else None, db, token_gradient, None, None, None, None, None
 
