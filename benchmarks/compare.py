@@ -16,10 +16,8 @@ CUDA context and NCCL's buffers on its GPU, some hundred MiB that --memory-gib d
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,9 +25,9 @@ import torch
 
 from harness import chart, models, options, progress, report
 from harness.comparison import GIB, Comparison, Run
-from harness.crew import Crew, TrialError
+from harness.rounds import Crews, interleaved
 from harness.strategies import STRATEGIES
-from harness.trial import Trial, run_trial
+from harness.trial import Trial
 
 #: Files, and what they show.
 CHARTS = {"time.svg": "ms per step", "memory.svg": "peak, GiB per rank"}
@@ -44,8 +42,7 @@ def main() -> int:
         (arguments.out / name).unlink(missing_ok=True)  # of an earlier run
     code = 0
     try:
-        for run in _runs(comparison, arguments):
-            comparison.add(run)
+        for _ in _runs(comparison, arguments):
             _write(comparison, arguments.out)
     except KeyboardInterrupt:
         print(f"interrupted; what was measured is in {arguments.out}", file=sys.stderr)
@@ -59,32 +56,13 @@ def main() -> int:
 
 
 def _runs(comparison: Comparison, arguments: argparse.Namespace) -> Iterator[Run]:
-    """Every strategy once a round, until it fails."""
-    ranks, names = arguments.ranks, list(dict.fromkeys(arguments.strategies))
-    # A rank has as many threads as "single" has, or on a CPU they would not be compared.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    with ExitStack() as stack:
-        crew = stack.enter_context(Crew(ranks, arguments.timeout))
-        alone = crew if ranks == 1 else stack.enter_context(Crew(1, arguments.timeout))
-        total = arguments.rounds * len(names)
-        advance = stack.enter_context(progress.steps(total, "comparison"))
-        failed: set[str] = set()
-        for turn in range(arguments.rounds):
-            for name in names[:: -1 if turn % 2 else 1]:
-                if name in failed:
-                    advance(f"{name}, round {turn + 1}: failed before")
-                    continue
-                trial = replace(comparison.trial, strategy=name)
-                try:
-                    outcomes = (alone if name == "single" else crew).run(run_trial, trial)
-                    run = Run.of(name, turn, outcomes)
-                except TrialError as error:
-                    if error.kind != "out of memory":
-                        print(error, file=sys.stderr, flush=True)
-                    run = Run(name, turn, failure=error.kind)
-                    failed.add(name)
-                yield run
-                advance(f"{name}, round {turn + 1}: {run}")
+    """All rounds."""
+    names, rounds = list(dict.fromkeys(arguments.strategies)), arguments.rounds
+    with (
+        Crews(arguments.ranks, arguments.timeout) as crews,
+        progress.steps(rounds * len(names), "comparison") as advance,
+    ):
+        yield from interleaved(comparison, names, rounds, crews, advance)
 
 
 def _write(comparison: Comparison, out: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor, Partial
 
 from rtp_wrap.double_backward import refuse_double_backward
+from rtp_wrap.profiling import profiler_range
 from rtp_wrap.ring import Ring, resolve
 from rtp_wrap.written import WriteCheck
 
@@ -35,13 +36,15 @@ def gather(parameter: DTensor, ring: Ring, fqn: str, dtype: torch.dtype) -> torc
                 alias = parameter.view_as(parameter)
         whole: torch.Tensor = _Gather.apply(alias, [parameter], ring.key, fqn, dtype)
         return whole
-    return _whole(parameter, ring, f"{fqn} gather", dtype)
+    return _whole(parameter, ring, "gather", fqn, dtype)
 
 
-def _whole(parameter: DTensor, ring: Ring, event: str, dtype: torch.dtype) -> torch.Tensor:
-    ring.begin(event)
+def _whole(
+    parameter: DTensor, ring: Ring, operation: str, fqn: str, dtype: torch.dtype
+) -> torch.Tensor:
+    ring.begin(f"{fqn} {operation}")
     # Not in inference mode, under which torch 2.11 cannot redistribute a DTensor.
-    with torch.inference_mode(False), torch.no_grad():
+    with profiler_range(operation, fqn), torch.inference_mode(False), torch.no_grad():
         source: Any = parameter if dtype == parameter.dtype else parameter.to(dtype)
         whole: torch.Tensor = DTensor.full_tensor(source)
         return whole
@@ -60,7 +63,7 @@ class _Gather(torch.autograd.Function):
         (parameter,) = parameters  # in a list, where autograd does not look
         ctx.ring, ctx.fqn, ctx.parameter = resolve(key), fqn, parameter
         ctx.written = WriteCheck(parameter, fqn, ctx.ring)
-        whole = _whole(parameter, ctx.ring, f"{fqn} gather", dtype)
+        whole = _whole(parameter, ctx.ring, "gather", fqn, dtype)
         # With one rank this is the home shard itself, which autograd must not mark as an output.
         return whole.detach()
 
@@ -70,20 +73,25 @@ class _Gather(torch.autograd.Function):
         ctx.written.check()
         ring: Ring = ctx.ring
         ring.begin(f"{ctx.fqn} reduce-scatter")
-        mesh, placements = ctx.parameter.device_mesh, ctx.parameter.placements
-        dense = grad.to_dense() if grad.is_sparse else grad.contiguous()
-        dense = dense.to(ring.precision.accumulator_dtype(ctx.parameter.dtype))
-        # Before the sum where that could overflow; else after it, which needs no whole copy.
-        before = ring.world_size if dense.itemsize < 4 else 1
-        if before > 1:
-            dense = dense / before
-        total = DTensor.from_local(dense, mesh, [Partial()], run_check=False)
-        summed: Any = total.redistribute(placements=placements)
-        gradient: DTensor = (summed / (ring.world_size // before)).to(ctx.parameter.dtype)
+        with profiler_range("reduce-scatter", ctx.fqn):
+            gradient = _reduce_scattered(grad, ctx.parameter, ring)
         if ring.gradient_stream is not None:
             # Autograd adds it up there, and would record that for a plain tensor alone.
             gradient._local_tensor.record_stream(ring.gradient_stream)
         return gradient, None, None, None, None
+
+
+def _reduce_scattered(grad: torch.Tensor, parameter: DTensor, ring: Ring) -> DTensor:
+    dense = grad.to_dense() if grad.is_sparse else grad.contiguous()
+    dense = dense.to(ring.precision.accumulator_dtype(parameter.dtype))
+    # Before the sum where that could overflow; else after it, which needs no whole copy.
+    before = ring.world_size if dense.itemsize < 4 else 1
+    if before > 1:
+        dense = dense / before
+    total = DTensor.from_local(dense, parameter.device_mesh, [Partial()], run_check=False)
+    summed: Any = total.redistribute(placements=parameter.placements)
+    gradient: DTensor = (summed / (ring.world_size // before)).to(parameter.dtype)
+    return gradient
 
 
 PackHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
@@ -160,7 +168,7 @@ class _Note:
         self.written.check()
         ring = self.ring
         if ring.regathered is None or ring.regathered[0] is not self.parameter:
-            whole = _whole(self.parameter, ring, f"{self.fqn} gather for backward", self.gathered)
+            whole = _whole(self.parameter, ring, "gather for backward", self.fqn, self.gathered)
             ring.regathered = self.parameter, whole
             if torch._C._current_graph_task_id() != -1:
                 # The last one of a backward must not outlive it.

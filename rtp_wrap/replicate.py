@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
+from rtp_wrap.profiling import profiler_range
 from rtp_wrap.ring import Ring, resolve
 from rtp_wrap.shard import dtensor_like
 from rtp_wrap.written import WriteCheck
@@ -78,12 +79,13 @@ class _AverageGradients(torch.autograd.Function):
         results: list[DTensor | None] = [None] * len(grads)
         dense = [(index, _dense(grads[index])) for index in used]
         dtypes = [ring.precision.average_dtype(each.dtype) for each in ctx.parameters]
-        for bucket in _buckets(dense, dtypes):
-            for (index, _), mean in zip(bucket.grads, _mean(bucket, ring), strict=True):
-                parameter = ctx.parameters[index]
-                # In memory of its own: a DTensor with a storage offset has no deepcopy.
-                own = mean.to(parameter.dtype, copy=True).view(parameter.shape)
-                results[index] = dtensor_like(own, parameter)
+        with profiler_range("average", f"{first} and {max(0, len(used) - 1)} more"):
+            for bucket in _buckets(dense, dtypes):
+                for (index, _), mean in zip(bucket.grads, _mean(bucket, ring), strict=True):
+                    parameter = ctx.parameters[index]
+                    # In memory of its own: a DTensor with a storage offset has no deepcopy.
+                    own = mean.to(parameter.dtype, copy=True).view(parameter.shape)
+                    results[index] = dtensor_like(own, parameter)
         return (None, None, None, *results)
 
 

@@ -134,12 +134,14 @@ class Ring:
 
     def _follow_stream(self) -> None:
         """The staging is shared by all streams, so work that uses it must not overlap."""
-        if torch.cuda.is_current_stream_capturing():
-            return  # a graph cannot wait for what is outside of it
-        stream = torch.cuda.current_stream(self.device)
-        if self._stream is not None and self._stream != stream:
-            stream.wait_stream(self._stream)
-        self._stream = stream
+        stream = torch.cuda.current_stream(self.device.index)
+        capturing = torch.cuda.is_current_stream_capturing()
+        if not capturing:  # a graph cannot wait for what is outside of it
+            if self._stream is not None and self._stream != stream:
+                stream.wait_stream(self._stream)
+            self._stream = stream
+        if self.peers is not None:
+            self.peers.begin(stream, capturing)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ring:
         return self

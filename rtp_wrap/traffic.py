@@ -10,6 +10,9 @@ the accumulators' dtype, a rank sends
                 all-gather and reduce-scatter, whose messages are the backend's
     Replicate   2 (N-1)/N G: ring all-reduce
 
+Rows of an embedding that are read where they lie (see ``ops.lookup``) depend on the batch: what is
+counted is the whole table, and all ranks together send no more than that.
+
 Even shards give these numbers exactly; of uneven ones, what this rank sends is counted.
 """
 

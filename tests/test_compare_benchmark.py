@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import compare
-from harness import chart, flops, models, report, sent
+from harness import chart, flops, models, report, rounds, sent
 from harness.comparison import Comparison, Run
 from harness.crew import Crew, TrialError
 from harness.strategies import Setting
@@ -129,11 +129,10 @@ def options(**changes: Any) -> argparse.Namespace:
 def test_who_fails_is_a_row_and_the_others_go_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compare, "Crew", StubCrew)
+    monkeypatch.setattr(rounds, "Crew", StubCrew)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     comparison = Comparison(trial(), ranks=2, baseline="fsdp")
-    for each in compare._runs(comparison, options()):
-        comparison.add(each)
+    assert list(compare._runs(comparison, options())) == comparison.runs
     ran = [each.strategy for each in comparison.runs]
     assert ran == ["dp", "fsdp", "tp", "rtp", "rtp", "tp", "fsdp", "fsdp", "rtp"]
     assert "no such thing" in capsys.readouterr().err
@@ -291,6 +290,14 @@ def test_what_is_sent_alone_and_by_an_unknown_strategy() -> None:
     assert sent.per_step(replace(trial(), strategy="tp"), 1) == 0
     with pytest.raises(ValueError, match="no formula for 'pp'"):
         sent.per_step(replace(trial(), strategy="pp"), 2)
+
+
+@pytest.mark.parametrize("warmup", [3, 1])
+def test_a_graphed_step_needs_gpus_and_warmup(warmup: int) -> None:
+    if torch.cuda.is_available() and warmup > 1:
+        pytest.skip("here it has both")
+    with pytest.raises(ValueError, match="needs GPUs, and two steps of warmup"):
+        run_trial(Trial("rtp-graph", "llama-tiny", 1, 8, warmup=warmup))
 
 
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:

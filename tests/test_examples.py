@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -106,3 +107,13 @@ def test_plan_shows_an_8b_model_and_saves_it(tmp_path: Path) -> None:
     assert "rank 0 of 8" in done.output
     assert re.search(r"blocks\.\*\.gate\.weight +32 +Linear +Rotate", done.output)
     assert Plan.from_json(file.read_text()).world_size == 8
+
+
+def test_timeline_writes_a_trace_of_every_rank_and_names_layers(tmp_path: Path) -> None:
+    done = scripts.run("examples/timeline.py", "--out", str(tmp_path), "--top", "40", ranks=2)
+    assert done.code == 0, done.errors
+    assert re.search(r"^ +0\.000 +\d+\.\d{3}  RTP::forward \(blocks\.1\.gate\)$", done.output, re.M)
+    for rank in range(2):
+        events = json.loads((tmp_path / f"rank{rank}.json").read_text())["traceEvents"]
+        names = [event["name"] for event in events if "name" in event]
+        assert names.count("RTP::backward (blocks.0.down)") == 2  # in both steps

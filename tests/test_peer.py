@@ -204,6 +204,58 @@ def test_nothing_is_fetched_beyond_a_forward(world_size: int) -> None:
     assert run_ranks(world_size, _nothing_in_vain) == [[4, 4, 4, 4]] * world_size
 
 
+class Unequal(nn.Module):
+    """A layer that fills a slot, and three of which two do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Linear(8, 16, bias=False)
+        self.small = nn.ModuleList(nn.Linear(*size, bias=False) for size in ((16, 4), (4, 16)))
+        self.last = nn.Linear(16, 4, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.large(x).tanh()
+        for layer in self.small:
+            x = layer(x).tanh()
+        return self.last(x)
+
+
+def _fetched_together(staging_bytes: int) -> tuple[list[int], list[int]]:
+    """How often ranks meet in each of some steps, and how often of that for gradients."""
+    torch.manual_seed(0)
+    dense = Unequal().to(device(), torch.float64)
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=_policy(staging_bytes=staging_bytes))
+    peers: Any = wrapped._ring.peers
+    met, parts = [], []
+    for step in range(3):
+        before, of_gradients = peers.barriers, peers._gradients.number
+        x = torch.randn(3, 8, dtype=torch.float64).to(device())  # the same on all ranks
+        for model in (dense, wrapped):
+            model.zero_grad()
+            mean_square(model(x)).backward()
+        for name, parameter in wrapped.named_parameters():
+            gradient: Any = parameter.grad
+            torch.testing.assert_close(
+                gradient.full_tensor(), dense.get_parameter(name).grad, **FP64, msg=f"{step} {name}"
+            )
+        met.append(peers.barriers - before)
+        parts.append(peers._gradients.number - of_gradients)
+    return met, parts
+
+
+@multi_world_sizes
+def test_small_layers_are_fetched_together(world_size: int) -> None:
+    """Once it is known what comes, two small layers at a time, also across the end of a forward.
+
+    The second step begins as none before it did. With three ranks no two fit, as the last rows are
+    fewer but have as much room.
+    """
+    rows = 18 if world_size == 3 else 16
+    met, parts = run_ranks(world_size, _fetched_together, 7 * rows * 8 * 8)[0]
+    assert parts == [4, 4, 4]
+    assert met == ([11, 11, 11] if world_size == 3 else [11, 9, 8])
+
+
 def _raise_in(method: str, at: int) -> None:
     dense, wrapped = _pair(policy=_policy())
     original, calls = getattr(PeerTransport, method), 0

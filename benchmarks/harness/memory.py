@@ -31,8 +31,8 @@ class Memory:
         self._beside = 0
         self.release()
         self._before = 0 if device.type == "cuda" else _status("VmRSS")
-        if limit_mib is not None:
-            self._limit(int(limit_mib * 2**20))
+        self._limit = None if limit_mib is None else int(limit_mib * 2**20)
+        self._enforce()
 
     def restart(self) -> None:
         """Forget the peak so far."""
@@ -45,6 +45,7 @@ class Memory:
         """Count what ``model`` has on a GPU that is not the allocator's: a staging for peers."""
         if self._device.type == "cuda" and isinstance(model, RotatedTensorParallel):
             self._beside = model.staging_bytes if model.transport == "peer" else 0
+            self._enforce()
 
     def peak(self) -> tuple[int, int]:
         """Bytes allocated and reserved, at most, since the last ``restart``."""
@@ -68,13 +69,16 @@ class Memory:
             ctypes.CDLL(None).malloc_trim(0)
         self.restart()
 
-    def _limit(self, nbytes: int) -> None:
+    def _enforce(self) -> None:
+        if self._limit is None:
+            return
         if self._device.type == "cuda":
             total = torch.cuda.get_device_properties(self._device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), self._device)
+            left = max(0, self._limit - self._beside)
+            torch.cuda.set_per_process_memory_fraction(min(1.0, left / total), self._device)
         else:
             hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-            resource.setrlimit(resource.RLIMIT_DATA, (_data_at_first() + nbytes, hard))
+            resource.setrlimit(resource.RLIMIT_DATA, (_data_at_first() + self._limit, hard))
 
 
 @functools.cache

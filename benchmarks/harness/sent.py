@@ -45,7 +45,7 @@ def per_step(trial: Trial, ranks: int) -> int:
         return _fsdp2(trial, model, ranks)
     if trial.strategy == "tp":
         return _tensor_parallel(trial, ranks)
-    if trial.strategy in ("rtp", "rtp-ring", "rtp-inplace"):
+    if trial.strategy in ("rtp", "rtp-graph", "rtp-ring", "rtp-inplace"):
         return _rtp(trial, model, ranks)
     raise ValueError(f"no formula for {trial.strategy!r}; there are {', '.join(STRATEGIES)}")
 

@@ -72,6 +72,7 @@ class Strategy:
     """``shares_batch``: all ranks work on one batch of ``N`` times the size, not each on its own.
 
     ``autocast``: mixed precision is autocast's, since the strategy has none of its own.
+    ``graphed``: a step is one CUDA graph.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Strategy:
     prepare: Prepare
     shares_batch: bool = False
     autocast: bool = False
+    graphed: bool = False
 
     def loss(self) -> AbstractContextManager[object]:
         """Around the loss and its backward."""
@@ -183,6 +185,7 @@ _ALL = (
     Strategy("fsdp", "FSDP2 per block", _fsdp2),
     Strategy("tp", "DTensor TP + SP", _tensor_parallel, shares_batch=True, autocast=True),
     Strategy("rtp", "rtp_wrap", _rtp),
+    Strategy("rtp-graph", "rtp_wrap, a step as one CUDA graph", _rtp, graphed=True),
     Strategy("rtp-ring", "rtp_wrap, by hops", functools.partial(_rtp, transport="ring")),
     Strategy("rtp-inplace", "rtp_wrap, in place", functools.partial(_rtp, inplace=True)),
 )

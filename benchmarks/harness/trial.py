@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from harness import models
+from harness.graphed import GraphedStep
 from harness.hardware import this_device
 from harness.memory import Memory
 from harness.strategies import STRATEGIES, Setting, apply
@@ -69,6 +70,12 @@ def run_trial(trial: Trial) -> Outcome:
     """Run on this rank; all ranks of the default group call it. Frees everything at the end."""
     if trial.strategy == "single" and dist.get_world_size() > 1:
         raise ValueError("the strategy 'single' runs on one rank")
+    if STRATEGIES[trial.strategy].graphed and (not torch.cuda.is_available() or trial.warmup < 2):
+        raise ValueError(f"{trial.strategy!r} needs GPUs, and two steps of warmup")
+    if trial.setting.compile:
+        # Else all trials of a process share the limit on how often a function is compiled, beyond
+        # which it runs as it is.
+        torch.compiler.reset()
     device = this_device()
     memory = Memory(device, trial.memory_mib)
     outcome = _train(trial, device, memory)
@@ -80,7 +87,8 @@ def _train(trial: Trial, device: torch.device, memory: Memory) -> Outcome:
     strategy = STRATEGIES[trial.strategy]
     spec = trial.spec()
     model = apply(strategy, spec.build(), trial.setting, device)
-    optimizer = adamw(model, device)
+    memory.see(model)
+    optimizer = adamw(model, device, capturable=strategy.graphed)
     # Every rank its own batch, or all of them the same one: the batches of all.
     whose = range(dist.get_world_size()) if strategy.shares_batch else [dist.get_rank()]
     generators = [torch.Generator().manual_seed(rank) for rank in whose]
@@ -91,12 +99,8 @@ def _train(trial: Trial, device: torch.device, memory: Memory) -> Outcome:
         for _ in range(trial.warmup + trial.steps)
     ]
     batches = [each.to(device) for each in batches]
-    ticks = [_tick(device)]
-    losses = []
-    for step in range(trial.warmup + trial.steps):
-        if step == trial.warmup and not trial.from_start:
-            memory.restart()
-        tokens = batches[step]
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
         with strategy.forward(trial.setting, device):
             logits = model(tokens[:, :-1])
         with strategy.loss():
@@ -104,10 +108,17 @@ def _train(trial: Trial, device: torch.device, memory: Memory) -> Outcome:
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.full_tensor() if isinstance(loss, DTensor) else loss.detach())
+        return loss.full_tensor() if isinstance(loss, DTensor) else loss.detach()
+
+    if strategy.graphed:
+        step = GraphedStep(step, batches[0], eager=trial.warmup - 1)
+    ticks = [_tick(device)]
+    losses = []
+    for index, tokens in enumerate(batches):
+        if index == trial.warmup and not trial.from_start:
+            memory.restart()
+        losses.append(step(tokens))
         ticks.append(_tick(device))
-        del logits, loss  # what a plain training loop keeps of them, too, is gone by the next step
-    memory.see(model)
     allocated, reserved = memory.peak()
     return Outcome(
         seconds=_intervals(ticks)[trial.warmup :],
@@ -118,9 +129,12 @@ def _train(trial: Trial, device: torch.device, memory: Memory) -> Outcome:
     )
 
 
-def adamw(model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of every trial."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+def adamw(
+    model: nn.Module, device: torch.device, capturable: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer of every trial; ``capturable`` in a CUDA graph."""
+    fused = device.type == "cuda"
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused, capturable=capturable)
 
 
 def _tick(device: torch.device) -> float | torch.cuda.Event:

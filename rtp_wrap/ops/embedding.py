@@ -7,7 +7,8 @@ Shapes, for ``T`` ids of this rank, ``V`` rows of ``D`` columns, ``N`` ranks:
     y   [T, D]
 
 The table is a set of tiles ``W[R, C]`` (rows ``R``, columns ``C``; see ``shard``), each of which
-passes every rank once in forward. In backward only accumulators travel: no gradient needs values.
+passes every rank once in forward; or ranks read single rows of it (see ``lookup``). In backward
+only accumulators travel: no gradient needs values.
 
     forward    y[t, C] = W[ids[t], C]                  where ids[t] is in R
     dgrad      none: ids have no gradient
@@ -32,6 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.ops.gradient import RotatingWeight, rotating
+from rtp_wrap.ops.lookup import Lookup
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import rotate_backward, rotate_forward, without_autocast
 from rtp_wrap.ring import Ring, resolve
@@ -132,18 +134,8 @@ def _forward(ring: Ring, fqn: str, ids: torch.Tensor, weight: DTensor) -> torch.
     dtype = ring.precision.compute_dtype(weight.dtype)
     y = torch.empty(len(ids), cols, dtype=dtype, device=ids.device)
 
-    def product(tile: Tile, values: torch.Tensor) -> None:
-        n, out = tile.shape[0], y[:, tile.cols]
-        if n == rows:
-            torch.index_select(values, 0, ids, out=out)
-            return
-        local = ids - tile.row
-        # Ids outside read rows spread over the tile: all in one place would be slow on a GPU.
-        found = values.index_select(0, local.remainder(n))
-        inside = (local >= 0) & (local < n)
-        torch.where(inside[:, None], found, out, out=out)
-
-    rotate_forward(ring, fqn, weight, dtype, product)
+    lookup = Lookup(ids, y, rows, home_rows=len(weight._local_tensor))
+    rotate_forward(ring, fqn, weight, dtype, lookup.product, lookup.read)
     return y
 
 

@@ -9,7 +9,6 @@ waits for it, on the device and not before.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -52,9 +51,14 @@ def token_of(use: RotatingWeight, ring: Ring) -> torch.Tensor | None:
     if not (torch.is_grad_enabled() and use.weight.requires_grad):
         return None
     stream = ring.gradient_stream
-    with nullcontext() if stream is None else torch.cuda.stream(stream):
-        token: torch.Tensor = _WeightNode.apply(use.weight, use, ring)
-    return token
+    if stream is None:
+        return _WeightNode.apply(use.weight, use, ring)
+    computation = torch.cuda.current_stream(ring.device.index)
+    torch.cuda.set_stream(stream)  # a context manager takes longer
+    try:
+        return _WeightNode.apply(use.weight, use, ring)
+    finally:
+        torch.cuda.set_stream(computation)
 
 
 class _WeightNode(torch.autograd.Function):

@@ -297,7 +297,9 @@ def _add_product(
     """
     # beta = 0 means that start is not read.
     given, beta = (out, 0) if start is None else (start, 1)
-    if out.dtype == a.dtype:
+    if out.dtype == a.dtype and start is None and scale == 1:
+        torch.mm(a, b, out=out)  # takes the host less time
+    elif out.dtype == a.dtype:
         torch.addmm(given, a, b, beta=beta, alpha=scale, out=out)
     elif a.is_cuda and a.itemsize == 2 and out.dtype == torch.float32:
         torch.addmm(given, a, b, out_dtype=out.dtype, beta=beta, alpha=scale, out=out)

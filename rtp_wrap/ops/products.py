@@ -4,6 +4,8 @@ A tile is its rectangle of the weight (see ``shard``) and its values, ``[rows, c
 
     product(tile, values)          forward: add what this tile gives to the output
     dgrad(tile, values)            backward: add what it gives to the gradient of the input
+    reader(published)              forward, where ranks read each other's memory: what product does,
+                                   for all tiles of a cell, which are with their owners
     wgrad(tile, start, out, scale) backward: out = start + scale * (this rank's part of the tile's
                                    gradient), where ``start`` may be ``out`` or None for zero
 """
@@ -15,8 +17,10 @@ from collections.abc import Callable
 import torch
 
 from rtp_wrap.shard import Tile
+from rtp_wrap.transport.cells import Published
 
 Product = Callable[[Tile, torch.Tensor], None]
+Reader = Callable[[Published], None]
 WeightGradient = Callable[[Tile, torch.Tensor | None, torch.Tensor, float], None]
 
 

@@ -11,21 +11,27 @@ from types import TracebackType
 import torch
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.ops.products import Product, WeightGradient
+from rtp_wrap.ops.products import Product, Reader, WeightGradient
 from rtp_wrap.ring import Ring
-from rtp_wrap.shard import sharded_dim
 from rtp_wrap.transport.cells import PeerError
-from rtp_wrap.transport.foresight import Visit
 from rtp_wrap.transport.peer import PeerTransport
 
 
 def forward(ring: Ring, event: str, weight: DTensor, dtype: torch.dtype, product: Product) -> None:
     """``rotate_forward``."""
     with _Pulls(ring, event) as peers:
-        visit = Visit(event, weight, peers.cells(weight.shape, sharded_dim(weight), dtype))
+        visit = peers.visit(event, weight, dtype)
         for index in range(len(visit.cells)):
             for tile, values in peers.pull(visit, index):
                 product(tile, values)
+
+
+def read(ring: Ring, event: str, weight: DTensor, dtype: torch.dtype, reader: Reader) -> None:
+    """``rotate_forward`` of a weight sharded along its rows, with a ``reader``."""
+    with _Pulls(ring, event) as peers:
+        visit = peers.visit(event, weight, dtype, reads=True)
+        for index in range(len(visit.cells)):
+            peers.read(visit, index, reader)
 
 
 def backward(
@@ -41,7 +47,7 @@ def backward(
     sums = ring.precision.accumulator_dtype(weight.dtype)
     with _Pulls(ring, event) as peers:
         dw = peers.gradient(home) if wgrad else None
-        visit = Visit(event, weight, peers.cells(weight.shape, sharded_dim(weight), dtype))
+        visit = peers.visit(event, weight, dtype)
         for index, cell in enumerate(visit.cells):
             if dgrad is not None:
                 for tile, values in peers.pull(visit, index):

@@ -12,9 +12,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.ops import hop, pull
-from rtp_wrap.ops.products import Product, WeightGradient
+from rtp_wrap.ops.products import Product, Reader, WeightGradient
+from rtp_wrap.profiling import profiler_range
 from rtp_wrap.ring import Ring
-from rtp_wrap.shard import dtensor_like
+from rtp_wrap.shard import dtensor_like, sharded_dim
 
 _NOTHING = nullcontext()
 
@@ -27,11 +28,26 @@ def without_autocast(kind: str) -> AbstractContextManager[object]:
 
 
 def rotate_forward(
-    ring: Ring, fqn: str, weight: DTensor, dtype: torch.dtype, product: Product
+    ring: Ring,
+    fqn: str,
+    weight: DTensor,
+    dtype: torch.dtype,
+    product: Product,
+    reader: Reader | None = None,
 ) -> None:
-    """Call ``product`` with every tile of ``weight``, in ``dtype``, on every rank."""
-    by = hop if ring.peers is None else pull
-    by.forward(ring, f"{fqn} forward", weight, dtype, product)
+    """Call ``product`` with every tile of ``weight``, in ``dtype``, on every rank.
+
+    Or ``reader``, if there is one, with the tiles where they are: for weights sharded along their
+    rows, where ranks read each other's memory. All ranks have a ``reader`` or none has.
+    """
+    event = f"{fqn} forward"
+    with profiler_range("forward", fqn):
+        if ring.peers is None:
+            hop.forward(ring, event, weight, dtype, product)
+        elif reader is not None and sharded_dim(weight) == 0:
+            pull.read(ring, event, weight, dtype, reader)
+        else:
+            pull.forward(ring, event, weight, dtype, product)
 
 
 def rotate_backward(
@@ -50,7 +66,8 @@ def rotate_backward(
     """
     by = hop if ring.peers is None else pull
     event = f"{fqn} backward ({'dx' if dgrad else ''} {'dw' if wgrad else ''})"
-    dw = by.backward(ring, event, weight, dtype, dgrad, wgrad)
+    with profiler_range("backward", fqn):
+        dw = by.backward(ring, event, weight, dtype, dgrad, wgrad)
     return None if dw is None else dtensor_like(dw, weight)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,7 +38,7 @@ class PeerMemory(Protocol):
     def barrier(self, lane: int, flag: int, stream: torch.cuda.Stream | None) -> None:
         """The ranks' work on ``stream`` goes on when all of them have come here.
 
-        ``flag`` is 0, 1 or 2, and never the one of the lane's barrier before. May raise
+        ``flag`` is one of 0 to 4, and never the one of the lane's barrier before. May raise
         ``PeerError``.
         """
 
@@ -72,7 +72,52 @@ def cells_of(memory: PeerMemory, grid: TileGrid, dtype: torch.dtype) -> list[Cel
     return [_Places(memory, grid, offset, dtype).cell() for offset in grid.cells()]
 
 
+def published_cells(
+    memory: PeerMemory,
+    addresses: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    staging_bytes: int,
+) -> list[Cell]:
+    """A weight of ``shape``, sharded along its rows, in cells whose tiles stay with their owners.
+
+    ``consumed`` of their ``Weights`` is ``Published``. They have room for one tile, not for one of
+    each owner: so tiles are larger than those of ``cut``.
+    """
+    grid = TileGrid(shape, 0, memory.world_size, largest_cell(staging_bytes) // dtype.itemsize)
+    return [
+        _PublishedPlaces(memory, grid, offset, dtype, addresses).cell() for offset in grid.cells()
+    ]
+
+
 Tiles = list[tuple[Tile, torch.Tensor]]
+
+
+class Published(Tiles):
+    """The tiles of a cell, each where its owner published it: in the memory of that rank.
+
+    For kernels the same in numbers. ``addresses``, int64 ``[ranks]`` on the device, is where the
+    memories begin; the tile lies ``at`` so many bytes from there in each. An owner has
+    ``shard_rows`` rows of the weight, the last ones fewer or none; the cell is those from ``row``
+    of a shard on, ``rows`` of them.
+    """
+
+    def __init__(
+        self, tiles: Tiles, addresses: torch.Tensor, at: int, shard_rows: int, row: int, rows: int
+    ) -> None:
+        super().__init__(tiles)
+        self.addresses, self.at = addresses, at
+        self.shard_rows, self.row, self.rows = shard_rows, row, rows
+
+    def pulled(self) -> Iterator[tuple[Tile, torch.Tensor]]:
+        """Copies of the tiles in new memory, one at a time, or of all rows together."""
+        first, last = self[0][0], self[-1][0]
+        together = Tile(0, last.row_end, first.col, first.col_end)
+        if sum(tile.numel for tile, _ in self) == together.numel:
+            yield together, torch.cat([values for _, values in self])
+        else:
+            for tile, values in self:
+                yield tile, values.clone()
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +210,7 @@ class _Places:
         self._is_whole = grid.dim == 0 and grid.cell == grid.shard(0).shape
         if not self._is_whole:
             self._stride = -(-self._stride // ALIGNMENT) * ALIGNMENT
-        self.nbytes = ranks * self._stride
+        self.nbytes = -(-ranks * self._stride // ALIGNMENT) * ALIGNMENT
         self.landing_nbytes = ranks * math.prod(self._own_shape) * dtype.itemsize
 
     def cell(self) -> Cell:
@@ -205,3 +250,30 @@ class _Places:
     def _view(self, rank: int, start: int, shape: Sequence[int]) -> torch.Tensor:
         nbytes = math.prod(shape) * self._dtype.itemsize
         return self._memory.of(rank)[start : start + nbytes].view(self._dtype).view(*shape)
+
+
+class _PublishedPlaces(_Places):
+    """The views of one cell whose tiles stay where they were published."""
+
+    def __init__(
+        self,
+        memory: PeerMemory,
+        grid: TileGrid,
+        offset: tuple[int, int],
+        dtype: torch.dtype,
+        addresses: torch.Tensor,
+    ) -> None:
+        super().__init__(memory, grid, offset, dtype)
+        self.nbytes = -(-self._stride // ALIGNMENT) * ALIGNMENT
+        self._addresses, self._row = addresses, offset[0]
+
+    def weights(self, at: int) -> Weights:
+        me, tiles, grid = self._memory.rank, self._tiles, self._grid
+        places = [(tiles[o], self._place(o, at, o)) for o in range(len(tiles)) if tiles[o].numel]
+        published = Published(
+            places, self._addresses, at, grid.shard(0).shape[0], self._row, grid.cell[0]
+        )
+        return Weights(self._place(me, at, me), self._memory.prepared([]), published)
+
+    def _place(self, rank: int, at: int, owner: int) -> torch.Tensor:
+        return self._view(owner, at, self._grid.tile_shape(self._tiles[owner]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.transport.cells import Cell
@@ -11,11 +12,16 @@ from rtp_wrap.transport.cells import Cell
 
 @dataclass(frozen=True, slots=True)
 class Visit:
-    """A site in one direction of the pass, and the tiles of its weight."""
+    """A site in one direction of the pass, and the tiles of its weight, of ``dtype``.
+
+    ``reads``: it reads from the memories of owners, which is not done ahead of it.
+    """
 
     event: str
     weight: DTensor
+    dtype: torch.dtype
     cells: list[Cell]
+    reads: bool = False
 
 
 Context = tuple[str, str]

@@ -17,7 +17,15 @@ one rounding, where such a ring has one per rank.
 Each of the two has a *lane*: a stream, barriers of its own, and an area of the staging in which
 cells lie one behind the other. Barriers are all the synchronisation there is between ranks. Barrier
 k tells that every rank has published cell k, and, as a lane's work is in order, that it has pulled
-cell k - 1: so others may lie there from cell k + 1 on.
+cell k - 1: so others may lie there from cell k + 1 on. Small cells that are expected one after the
+other are published and pulled together: for barriers and places they are one.
+
+Of a table of embeddings a rank needs few rows, and which ones is known when it comes to it. Such a
+cell is published, and the ranks meet, but instead of pulling each of them *reads* what it needs
+from the memories of the owners. How much may differ from rank to rank; cells and barriers must not.
+By barrier k + 1 a rank must have read cell k, too. So it reads on the stream of the computation,
+and publishes cell k + 1 there after that, be it of the same table or of what comes next; and no
+rank fetches such a cell ahead.
 
 On a GPU the lanes have nothing but barriers and pulls, which take no multiprocessor. Copies within
 a GPU do: a large GEMM leaves none free until it ends, and would hold up a lane with such a copy. So
@@ -30,10 +38,14 @@ run apart by a millisecond and together again all the time.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from rtp_wrap.shard import sharded_dim
 from rtp_wrap.transport.area import WINDOW, Area
 from rtp_wrap.transport.cells import (
     LANDING,
@@ -43,32 +55,60 @@ from rtp_wrap.transport.cells import (
     Landing,
     Parts,
     PeerMemory,
+    Published,
     Tiles,
     cells_of,
     cut,
     largest_cell,
+    published_cells,
 )
 from rtp_wrap.transport.foresight import Context, Foresight, Visit
+from rtp_wrap.transport.mean import put_mean
 from rtp_wrap.versions import versions_of
 
-#: The flag of barriers that are none of a cell's; theirs are 0 and 1, in turn.
-_FENCE = 2
+#: Flags of barriers that are none of an exchange; those of exchanges are 0 and 1, in turn. In a
+#: graph, which may follow any of its own barriers and any other, it is 2; else 3 and 4, in turn.
+_FENCE_IN_GRAPH, _FENCES = 2, (3, 4)
+#: So many cells are fetched together, if they are small. More would only be fetched in vain where
+#: something else comes than was expected.
+_TOGETHER = 4
 
 
 @dataclass(frozen=True, slots=True)
-class _Fetched:
-    """A cell that is there, or on its way."""
+class _Expected:
+    """A cell that comes, and how its visit is known."""
 
     visit: Visit
     index: int
     context: Context
+
+    @property
+    def cell(self) -> Cell:
+        return self.visit.cells[self.index]
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    """A cell that is there, or on its way: with the exchange of this number."""
+
+    what: _Expected
+    number: int
     versions: tuple[int, int]
     tiles: Tiles
     come: torch.cuda.Event | None
 
+    def is_of(self, visit: Visit, index: int) -> bool:
+        """Whether it is this cell, as its weight is now."""
+        what = self.what
+        return (
+            what.visit is visit
+            and what.index == index
+            and self.versions == versions_of(visit.weight)
+        )
+
 
 class _Events:
-    """One for each of the last cells."""
+    """One for each of the last exchanges."""
 
     def __init__(self) -> None:
         self._events = [torch.cuda.Event() for _ in range(WINDOW)]
@@ -78,12 +118,15 @@ class _Events:
 
 
 class _Lane:
-    """What is done in order, cell by cell, beside the computation: on a stream if there is one."""
+    """Exchanges in order, beside the computation: on a stream if there is one."""
 
     def __init__(self, index: int, stream: torch.cuda.Stream | None, area: Area) -> None:
         self.index, self.stream, self.area = index, stream, area
+        #: Of the last exchange.
         self.number = -1
-        #: Whether the last cell is part of a graph.
+        #: How many fences there were outside of graphs.
+        self.fences = 0
+        #: Whether that is part of a graph.
         self.captured = False
         self.forget()
 
@@ -109,7 +152,7 @@ class PeerTransport:
         self._device = device
         self._overlap = overlap
         self._concurrent = overlap and device.type == "cuda"
-        room = largest_cell(staging_bytes)
+        self._room = room = largest_cell(staging_bytes)
         self._weights = _Lane(0, self._stream(), Area(0, room, WEIGHTS))
         self._gradients = _Lane(1, self._stream(), Area(WEIGHTS * room, room, PARTS))
         self._landings = Area((WEIGHTS + PARTS) * room, room, LANDING)
@@ -117,78 +160,198 @@ class PeerTransport:
         self.gradient_stream = self._stream()
         if self._concurrent:
             self._averaged = _Events()
-        self._cells: dict[tuple[torch.Size, int, torch.dtype], list[Cell]] = {}
+        #: The stream of the running site, if lanes have others; and whether that is captured.
+        self._computation: torch.cuda.Stream | None = None
+        self._capturing = False
+        #: Whether there is a graph, which may be replayed at any time.
+        self._has_graph = False
+        self._cells: dict[tuple[torch.Size, int, torch.dtype, bool], list[Cell]] = {}
+        self._visits: dict[tuple[str, int], Visit] = {}
+        starts = [memory.of(owner).data_ptr() for owner in range(memory.world_size)]
+        self._addresses = torch.tensor(starts, dtype=torch.int64, device=device)
         self._foresight = Foresight()
         self._ahead: deque[_Fetched] = deque()
+        #: The exchange that brought the tiles in use.
+        self._in_use = -1
         #: How many there were.
         self.barriers = 0
 
-    def cells(self, shape: torch.Size, dim: int, dtype: torch.dtype) -> list[Cell]:
-        """A weight of ``shape``, sharded along ``dim``, as tiles of ``dtype``."""
-        key = shape, dim, dtype
+    def visit(
+        self, event: str, weight: DTensor, dtype: torch.dtype, *, reads: bool = False
+    ) -> Visit:
+        """A site in one direction of the pass, which ``event`` names, with tiles of ``dtype``.
+
+        If it ``reads``, the weight is sharded along its rows.
+        """
+        key = event, id(weight)
+        visit = self._visits.get(key)
+        if visit is None or visit.weight is not weight or visit.dtype != dtype:
+            cells = self._cells_of(weight.shape, sharded_dim(weight), dtype, reads)
+            self._visits[key] = visit = Visit(event, weight, dtype, cells, reads)
+        return visit
+
+    def _cells_of(self, shape: torch.Size, dim: int, dtype: torch.dtype, reads: bool) -> list[Cell]:
+        key = shape, dim, dtype, reads
         cells = self._cells.get(key)
         if cells is None:
-            grid = cut(tuple(shape), dim, self._memory.world_size, dtype, self._staging_bytes)
-            self._cells[key] = cells = cells_of(self._memory, grid, dtype)
+            memory, nbytes = self._memory, self._staging_bytes
+            if reads:
+                cells = published_cells(memory, self._addresses, tuple(shape), dtype, nbytes)
+            else:
+                grid = cut(tuple(shape), dim, memory.world_size, dtype, nbytes)
+                cells = cells_of(memory, grid, dtype)
+            self._cells[key] = cells
         return cells
 
     def begin_forward(self) -> None:
         """An outermost forward begins."""
         self._foresight.begin()
 
+    def begin(self, computation: torch.cuda.Stream, capturing: bool) -> None:
+        """A site begins on the stream ``computation``, which may be captured in a graph."""
+        if self._concurrent:
+            self._computation = computation
+            if capturing != self._capturing:
+                self._capturing = capturing
+                self._has_graph = True
+                self._ahead.clear()
+
     def pull(self, visit: Visit, index: int) -> Tiles:
         """The tiles of a cell, valid until the next call; those after it are fetched as well."""
+        begun = self._come_to(visit, index)
+        if begun or not self._ahead or not self._ahead[0].is_of(visit, index):
+            self._drop()
+            self._fetch([_Expected(visit, index, self._foresight.context)])
+        now = self._ahead.popleft()
+        if now.number != self._in_use:
+            self._use(now)
+            self._look_ahead(now)
+        return now.tiles
+
+    def read(self, visit: Visit, index: int, read: Callable[[Published], None]) -> None:
+        """Have ``read`` take what it needs of the tiles of a cell, out of their owners' memories.
+
+        It is called once, and reads on the stream of the computation. ``visit.reads``, so that its
+        cells are ``published`` ones.
+        """
+        self._come_to(visit, index)
+        self._drop()
+        self._fetch([_Expected(visit, index, self._foresight.context)])
+        now = self._ahead.popleft()
+        self._use(now)
+        assert isinstance(now.tiles, Published)
+        read(now.tiles)
+        if index + 1 == len(visit.cells):
+            self._look_ahead(now)
+
+    def _come_to(self, visit: Visit, index: int) -> bool:
+        """This cell is next; whether it is the first since an outermost forward began."""
         begun = self._foresight.begun
         if begun:
             for area in (self._weights.area, self._gradients.area, self._landings):
                 area.rewind()
+            if self._has_graph and not self._capturing:
+                # A replay may have come before, which nothing tells of: others may be in it still.
+                self._fence(self._weights)
+                self._fence(self._gradients)
         if index == 0:
             self._foresight.visit(visit)
-        if self._ahead and not begun and _is_of(self._ahead[0], visit, index):
-            now = self._ahead.popleft()
-        else:
-            self._ahead.clear()
-            now = self._fetch(visit, index, self._foresight.context)
-        self._look_ahead(now)
-        if now.come is not None:
-            torch.cuda.current_stream(self._device).wait_event(now.come)
-        return now.tiles
+        return begun
+
+    def _use(self, now: _Fetched) -> None:
+        """The computation goes on with what an exchange brought, and is done with what was before.
+
+        So another one can be fetched.
+        """
+        self._in_use = now.number
+        if now.come is not None and self._computation is not None:
+            self._computation.wait_event(now.come)
 
     def _look_ahead(self, now: _Fetched) -> None:
-        while self._overlap and len(self._ahead) < WEIGHTS - 1:
-            last = self._ahead[-1] if self._ahead else now
-            if last.index + 1 < len(last.visit.cells):
-                fetched = self._fetch(last.visit, last.index + 1, last.context)
-            else:
-                upcoming = self._foresight.after(last.context)
-                if upcoming is None:
-                    return
-                fetched = self._fetch(upcoming, 0, (last.context[1], upcoming.event))
-            self._ahead.append(fetched)
+        """Fetch what is expected behind ``now``, an exchange for every slot but the one in use."""
+        while self._overlap and self._weights.number < now.number + WEIGHTS - 1:
+            upcoming = self._upcoming((self._ahead[-1] if self._ahead else now).what)
+            if not upcoming:
+                break
+            self._fetch(upcoming)
 
-    def _fetch(self, visit: Visit, index: int, context: Context) -> _Fetched:
-        """Publish this rank's tile of a cell, and pull those of the others."""
-        lane, cell, computation = self._weights, visit.cells[index], self._computation()
+    def _drop(self) -> None:
+        """Something else comes than what was fetched, whose place is free as soon as it is there.
+
+        That the computation waits for it is what ``_fetch`` relies on.
+        """
+        if self._ahead:
+            come = self._ahead[-1].come
+            if come is not None and self._computation is not None:
+                self._computation.wait_event(come)
+            self._ahead.clear()
+
+    def _upcoming(self, last: _Expected) -> list[_Expected]:
+        """What is expected after ``last``: as many cells as fit a slot together."""
+        upcoming: list[_Expected] = []
+        nbytes = 0
+        while len(upcoming) < _TOGETHER:
+            if last.index + 1 < len(last.visit.cells):
+                last = _Expected(last.visit, last.index + 1, last.context)
+            else:
+                visit = self._foresight.after(last.context)
+                if visit is None or visit.reads:
+                    break
+                last = _Expected(visit, 0, (last.context[1], visit.event))
+            nbytes += last.cell.nbytes
+            if nbytes > self._room:
+                break
+            upcoming.append(last)
+        return upcoming
+
+    def _fetch(self, cells: Sequence[_Expected]) -> None:
+        """Publish this rank's tiles of cells, and pull those of the others, in one exchange.
+
+        They take the place of exchanges before the last but one. The computation has waited for
+        that one to come (see ``pull``), so that all ranks had pulled by then what lay here.
+        """
+        lane = self._weights
         number = self._next(lane)
-        at, before = lane.area.take(cell.nbytes, number)
-        self._wait_for_peers(lane, before)
-        weights = cell.weights(at)
-        if not cell.is_empty:
-            weights.published.copy_(cell.own_part(visit.weight._local_tensor))
-        come = None
-        if computation is not None and lane.stream is not None:
-            # The computation is done with what was there before: it published after that.
-            lane.given.of(number).record(computation)
-            lane.stream.wait_event(lane.given.of(number))
+        at, before = lane.area.take(sum(each.cell.nbytes for each in cells), number)
+        assert before + 2 < number
+        placed = []
+        for each in cells:
+            cell = each.cell
+            weights = cell.weights(at)
+            at += cell.nbytes
+            if not cell.is_empty:
+                weights.published.copy_(cell.own_part(each.visit.weight._local_tensor))
+            placed.append((each, weights))
+        come = self._exchange(lane, [weights.pulls for _, weights in placed])
+        for each, weights in placed:
+            versions = versions_of(each.visit.weight)
+            self._ahead.append(_Fetched(each, number, versions, weights.consumed, come))
+
+    def _exchange(
+        self, lane: _Lane, pulls: Sequence[Any], after: torch.cuda.Event | None = None
+    ) -> torch.cuda.Event | None:
+        """Meet the others behind what the computation has put there, then pull.
+
+        If pulls are to come ``after`` something, there is an event of the meeting, too. Returns
+        that of the last pull, or ``None`` if all this happens on the computation's stream.
+        """
+        number, stream = lane.number, lane.stream
+        if stream is None or self._computation is None:
+            self._meet(lane, number & 1)
+            for each in pulls:
+                self._memory.copy(each, None)
+            return None
+        given, come = lane.given.of(number), lane.come.of(number)
+        given.record(self._computation)
+        stream.wait_event(given)
         self._meet(lane, number & 1)
-        if lane.stream is not None:
-            lane.met.of(number).record(lane.stream)
-        self._memory.copy(weights.pulls, lane.stream)
-        if lane.stream is not None:
-            come = lane.come.of(number)
-            come.record(lane.stream)
-        versions = versions_of(visit.weight)
-        return _Fetched(visit, index, context, versions, weights.consumed, come)
+        if after is not None:
+            lane.met.of(number).record(stream)
+            stream.wait_event(after)
+        for each in pulls:
+            self._memory.copy(each, stream)
+        come.record(stream)
+        return come
 
     def gradient(self, home: torch.Tensor) -> torch.Tensor:
         """Memory for the gradient of a home shard, to be finished on ``gradient_stream``."""
@@ -201,53 +364,53 @@ class PeerTransport:
 
     def parts(self, cell: Cell) -> Parts:
         """Where the computation is to write its part of the gradient of a cell's tiles."""
-        lane, computation = self._gradients, self._computation()
+        lane, computation = self._gradients, self._computation
         number = self._next(lane)
         at, before = lane.area.take(cell.nbytes, number)
-        self._wait_for_peers(lane, before)
+        assert before + 1 < number
         if computation is not None:
-            computation.wait_event(self._averaged.of(before))  # this rank's own part
+            # All others have pulled what lies there, and this rank's own part is averaged.
+            computation.wait_event(lane.met.of(before + 1))
+            computation.wait_event(self._averaged.of(before))
         return cell.parts(at)
 
     def average(self, cell: Cell, parts: Parts, gradient: torch.Tensor, sums: torch.dtype) -> None:
         """Put the mean of all ranks' parts into the home shard's ``gradient``; sum in ``sums``."""
-        lane, computation, finish = self._gradients, self._computation(), self.gradient_stream
+        lane, computation, finish = self._gradients, self._computation, self.gradient_stream
         number = lane.number
         at, before = self._landings.take(cell.landing_nbytes, number)
         landing = cell.landing(at, parts.at)
-        if computation is None or lane.stream is None or finish is None:
-            self._meet(lane, number & 1)
-            self._memory.copy(landing.pulls, None)
-            _mean(cell, parts, landing, gradient, sums)
+        after = self._averaged.of(before) if self._concurrent else None
+        come = self._exchange(lane, [landing.pulls], after)
+        if come is None or computation is None or finish is None:
+            self._put_mean(cell, parts, landing, gradient, sums)
             return
-        lane.given.of(number).record(computation)
-        lane.stream.wait_event(lane.given.of(number))
-        self._meet(lane, number & 1)
-        lane.met.of(number).record(lane.stream)
-        lane.stream.wait_event(self._averaged.of(before))
-        self._memory.copy(landing.pulls, lane.stream)
-        lane.come.of(number).record(lane.stream)
-        finish.wait_event(lane.come.of(number))
+        finish.wait_event(come)
         torch.cuda.set_stream(finish)  # a context manager takes longer
         try:
-            _mean(cell, parts, landing, gradient, sums)
+            self._put_mean(cell, parts, landing, gradient, sums)
         finally:
             torch.cuda.set_stream(computation)
         self._averaged.of(number).record(finish)
+
+    def _put_mean(
+        self, cell: Cell, parts: Parts, landing: Landing, gradient: torch.Tensor, sums: torch.dtype
+    ) -> None:
+        if not cell.is_empty:
+            put_mean(parts.own, landing, self._memory.rank, cell.own_part(gradient), sums)
 
     def settle(self) -> None:
         """After an exception: what is still under way comes before anything else."""
         self._foresight.begin()
         self._ahead.clear()
-        computation = self._computation()
-        if computation is not None:
+        if self._computation is not None:
             for stream in (self._weights.stream, self._gradients.stream, self.gradient_stream):
                 assert stream is not None
-                computation.wait_stream(stream)
+                self._computation.wait_stream(stream)
 
     def _next(self, lane: _Lane) -> int:
-        """The number of a new cell."""
-        if self._concurrent and torch.cuda.is_current_stream_capturing() != lane.captured:
+        """The number of a new exchange."""
+        if self._capturing != lane.captured:
             self._follow_capture(lane)
         lane.number += 1
         return lane.number
@@ -258,26 +421,23 @@ class PeerTransport:
         A captured graph cannot wait for events of outside it. And it repeats its cells in the same
         places and with the same flags, whichever came last: so it begins with a fence.
         """
-        lane.captured = not lane.captured
+        lane.captured = self._capturing
         lane.forget()
         if lane is self._gradients:
             self._landings.forget()
             self._averaged = _Events()
         self._fence(lane)
 
-    def _wait_for_peers(self, lane: _Lane, before: int) -> None:
-        """What lay in a new cell's place until now, the cell ``before``, has been pulled by all."""
-        assert before + 1 < lane.number
-        if self._concurrent:
-            torch.cuda.current_stream(self._device).wait_event(lane.met.of(before + 1))
-
     def _fence(self, lane: _Lane) -> None:
-        """A barrier that is none of a cell's: all pulls of before it are over."""
-        computation = self._computation()
-        if computation is not None and lane.stream is not None:
-            lane.stream.wait_stream(computation)
-            self._meet(lane, _FENCE)
-            computation.wait_stream(lane.stream)
+        """A barrier that is none of an exchange: all pulls of before it are over."""
+        if self._computation is not None and lane.stream is not None:
+            flag = _FENCE_IN_GRAPH
+            if not self._capturing:
+                lane.fences += 1
+                flag = _FENCES[lane.fences % 2]
+            lane.stream.wait_stream(self._computation)
+            self._meet(lane, flag)
+            self._computation.wait_stream(lane.stream)
 
     def _meet(self, lane: _Lane, flag: int) -> None:
         self.barriers += 1
@@ -285,31 +445,3 @@ class PeerTransport:
 
     def _stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.Stream(self._device, priority=-1) if self._concurrent else None
-
-    def _computation(self) -> torch.cuda.Stream | None:
-        return torch.cuda.current_stream(self._device) if self._concurrent else None
-
-
-def _is_of(fetched: _Fetched, visit: Visit, index: int) -> bool:
-    return (
-        fetched.visit.weight is visit.weight
-        and fetched.visit.cells is visit.cells
-        and fetched.index == index
-        and fetched.versions == versions_of(visit.weight)
-    )
-
-
-def _mean(
-    cell: Cell, parts: Parts, landing: Landing, gradient: torch.Tensor, sums: torch.dtype
-) -> None:
-    if cell.is_empty:
-        return
-    out = cell.own_part(gradient)
-    if len(landing.parts) == 2 and parts.own.dtype == sums == gradient.dtype:
-        torch.lerp(parts.own, landing.other, 0.5, out=out)  # in one pass, without a copy
-        return
-    landing.own.copy_(parts.own)
-    if sums == gradient.dtype:
-        torch.mean(landing.parts, 0, dtype=sums, out=out)
-    else:
-        out.copy_(torch.mean(landing.parts, 0, dtype=sums))

@@ -24,7 +24,7 @@ _WAIT, _WRITE = 1, 2  # CU_STREAM_MEM_OP_{WAIT,WRITE}_VALUE_32
 _EQUAL = 1  # CU_STREAM_WAIT_VALUE_EQ
 _FLAG_BYTES = 4
 #: Of every lane, used in turn.
-_FLAGS = 3
+_FLAGS = 5
 
 
 class _Operation(ctypes.Structure):
@@ -93,8 +93,8 @@ class SymmetricMemory:
     def barrier(self, lane: int, flag: int, stream: torch.cuda.Stream | None = None) -> None:
         """The ranks' work on ``stream`` (default: the current) goes on when all have come here.
 
-        What a rank wrote on its stream before is seen after it. ``flag`` is 0, 1 or 2, and never
-        the one of the lane's barrier before.
+        What a rank wrote on its stream before is seen after it. ``flag`` is one of 0 to 4, and
+        never the one of the lane's barrier before.
         """
         operations = self._barriers[lane][flag]
         length = len(operations)

@@ -1,0 +1,45 @@
+"""The mean of all ranks' parts of a gradient, where they have met."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+from rtp_wrap.transport.cells import Landing
+
+_Kernel = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor, torch.dtype], None]
+
+
+def put_mean(
+    own: torch.Tensor, landing: Landing, rank: int, out: torch.Tensor, sums: torch.dtype
+) -> None:
+    """``out = (own + sum of landing.parts[r] for other ranks r) / ranks``, summed in ``sums``.
+
+    ``own`` and ``out`` are ``[*tile]``; ``own`` is contiguous, and of the dtype of the other parts.
+    16-bit ``sums`` are added in fp32 and rounded once.
+    """
+    parts = landing.parts
+    if len(parts) == 2 and own.dtype == sums == out.dtype:
+        torch.lerp(own, landing.other, 0.5, out=out)
+        return
+    kernel = _kernel() if out.is_cuda and out.is_contiguous() and own.itemsize > 1 else None
+    if kernel is not None:
+        kernel(own, parts, rank, out, sums)
+        return
+    landing.own.copy_(own)
+    if sums == out.dtype:
+        torch.mean(parts, 0, dtype=sums, out=out)
+    else:
+        out.copy_(torch.mean(parts, 0, dtype=sums))
+
+
+@functools.cache
+def _kernel() -> _Kernel | None:
+    """One pass over everything; ``None`` where Triton is missing."""
+    try:
+        from rtp_wrap.transport.mean_kernel import put_mean
+    except ImportError:
+        return None
+    return put_mean

@@ -1,0 +1,77 @@
+"""The mean of the parts of a gradient: by torch, and by a kernel, which CPUs interpret."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from importlib.util import find_spec
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from rtp_wrap.transport import mean
+from rtp_wrap.transport.cells import Landing
+from tests.ranks import DEVICE_TYPE
+
+#: The dtype of the parts, of the sums, and of the gradient.
+DTYPES = [
+    (torch.float32, torch.float32, torch.float32),
+    (torch.float64, torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32, torch.float32),
+    (torch.float16, torch.float32, torch.float16),
+    (torch.bfloat16, torch.bfloat16, torch.float32),
+]
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+
+
+def _check(put_mean: object, ranks: int, shape: tuple[int, ...], dtypes: object) -> None:
+    """Against the sum in fp64, within one rounding to ``sums``, and without a look at its own."""
+    assert callable(put_mean)
+    assert isinstance(dtypes, tuple)
+    given, sums, kept = dtypes
+    generator = torch.Generator().manual_seed(0)
+    all_parts = torch.randn(ranks, *shape, generator=generator, dtype=torch.float64)
+    all_parts = all_parts.to(DEVICE_TYPE, given)
+    for rank in range(ranks):
+        parts = all_parts.clone()
+        parts[rank] = torch.nan
+        out = torch.full(shape, torch.nan, dtype=kept, device=DEVICE_TYPE)
+        put_mean(all_parts[rank].clone(), parts, rank, out, sums)
+        expected = all_parts.double().mean(0)
+        # Sums of 16 bits are added in fp32, so that one rounding is all there is.
+        error = max(torch.finfo(sums).eps, torch.finfo(kept).eps)
+        torch.testing.assert_close(out.double(), expected, rtol=error, atol=4 * error / ranks**2)
+
+
+def _by_torch(
+    own: torch.Tensor, parts: torch.Tensor, rank: int, out: torch.Tensor, sums: torch.dtype
+) -> None:
+    other = parts[(rank + 1) % len(parts)]
+    landing = Landing(None, parts, parts[rank], other)
+    with patch.object(mean, "_kernel", lambda: None):
+        mean.put_mean(own, landing, rank, out, sums)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_torchs_mean(ranks: int, dtypes: object) -> None:
+    _check(_by_torch, ranks, (3, 5), dtypes)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_the_kernels_mean(ranks: int, dtypes: object) -> None:
+    interpret = {"TRITON_INTERPRET": "1"} if DEVICE_TYPE == "cpu" else {}
+    with patch.dict(os.environ, interpret):
+        put_mean = importlib.import_module("rtp_wrap.transport.mean_kernel").put_mean
+        for shape in ((3, 5), (1, 1), (32, 64), (33, 70)):
+            _check(put_mean, ranks, shape, dtypes)
+
+
+def test_without_triton_there_is_no_kernel() -> None:
+    with patch.dict(sys.modules, {"rtp_wrap.transport.mean_kernel": None}):
+        assert mean._kernel.__wrapped__() is None
