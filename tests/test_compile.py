@@ -316,6 +316,13 @@ def of_the_input_first(model: nn.Module, x: torch.Tensor) -> None:
     mean_square(model(x)).backward()
 
 
+def retaining(model: nn.Module, x: torch.Tensor) -> None:
+    """Not for compiled blocks; with some, already the first backward raises."""
+    loss = mean_square(model(x))
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
 def checkpointed(model: nn.Module, x: torch.Tensor) -> None:
     mean_square(checkpoint(model, x, use_reentrant=False)).backward()
 
@@ -387,9 +394,11 @@ def _check_write() -> None:
         optimizer.step()
         with pytest.raises(RuntimeError, match=r"blocks.0\.\w+ was written"):
             loss.backward()
+    with pytest.raises(RuntimeError, match=r"retain_graph|modified by an inplace operation"):
+        retaining(wrapped, x)
 
 
-def test_a_write_between_forward_and_backward_is_an_error() -> None:
+def test_a_write_before_backward_and_a_second_backward_are_errors() -> None:
     run_ranks(2, _check_write)
 
 
