@@ -13,17 +13,24 @@ class WriteCheck:
 
     Optimizer steps, which bump no version, are counted by the ring's hooks, for which the parameter
     is marked anew here: a mark does not survive ``deepcopy``, ``.to()`` or ``.half()``.
+    ``versions`` are those of an earlier check of the same parameter, to go on with.
     """
 
-    __slots__ = ("_fqn", "_parameter", "_versions")
+    __slots__ = ("_fqn", "_parameter", "versions")
 
-    def __init__(self, parameter: DTensor, fqn: str, ring: Ring) -> None:
+    def __init__(
+        self,
+        parameter: DTensor,
+        fqn: str,
+        ring: Ring,
+        versions: tuple[int, ...] | None = None,
+    ) -> None:
         register(parameter, ring)
         self._parameter, self._fqn = parameter, fqn
-        self._versions = versions_of(parameter)
+        self.versions = versions_of(parameter) if versions is None else versions
 
     def check(self) -> None:
-        if versions_of(self._parameter) != self._versions:
+        if versions_of(self._parameter) != self.versions:
             raise RuntimeError(
                 f"{self._fqn} was written (by an optimizer step, load_state_dict or an in-place "
                 f"operation) between a forward and its backward, so its gradients would belong to "

@@ -99,10 +99,19 @@ def apply(
     model.to(setting.dtype)
     for block in model.blocks:  # type: ignore[union-attr]
         if setting.checkpointing:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = _checkpointed(block.forward)
         if setting.compile:
             block.compile()
     return strategy.prepare(model, setting, device)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # A function of ours: a compiler would not look into one of torch's, and so not into the block.
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run
 
 
 def _plain(model: nn.Module, setting: Setting, device: torch.device) -> nn.Module:

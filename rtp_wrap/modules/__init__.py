@@ -6,7 +6,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from rtp_wrap.modules.adopted import Adopted, AdoptedParameterList, adopt
+from rtp_wrap.modules.adopted import (
+    Adopted,
+    AdoptedOptimizedModule,
+    AdoptedParameterList,
+    adopt,
+    is_optimized,
+)
 from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.attention import RotatedMultiheadAttention, can_rotate
 from rtp_wrap.modules.conv import RotatedConv, RotatedConvTranspose
@@ -70,6 +76,8 @@ def form_of(module: nn.Module, adoption: Adoption, strategies: Strategies) -> ty
         closed = without_fast_path(module)
         if closed is not None:
             return closed
+    if is_optimized(module):
+        return AdoptedOptimizedModule
     if isinstance(module, nn.ParameterList):
         return AdoptedParameterList
     if has_own_statistics(module):

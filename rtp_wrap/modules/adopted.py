@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -18,9 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from rtp_wrap.casting import cast_floats, cast_inputs
 from rtp_wrap.modules.adoption import Adoption
+from rtp_wrap.modules.capture import Capture
 from rtp_wrap.modules.frame import Frame, read
 from rtp_wrap.modules.loading import own_part
 from rtp_wrap.modules.misuse import check_conversion, check_new_module, check_new_parameter
+from rtp_wrap.ops.captured import Order
+from rtp_wrap.policy import Rotate
 
 
 class Adopted(nn.Module):
@@ -29,18 +33,40 @@ class Adopted(nn.Module):
     #: None for what the class makes of itself later: a slice of an ``nn.Sequential``, for one.
     _adoption: Adoption | None = None
 
+    #: In a call of a compiled module: what it reads in the graph (see ``capture``).
+    _captured: dict[str, Any] | None = None
+    #: Whether a graph can contain it.
+    _compiles = True
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._adoption is None:
             return super().__call__(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            if self._captured is None:
+                return _call_uncompiled(self, args, kwargs)
+            return super().__call__(*args, **kwargs)
         # Around hooks, too, and around a ``forward`` that was patched into the object.
         with Frame(self, self._adoption):
-            return super().__call__(*args, **kwargs)
+            if self._compiled_call_impl is None:
+                return super().__call__(*args, **kwargs)
+            with Capture(self):
+                return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._adoption is None:
             return super().forward(*args, **kwargs)
+        if self._captured is not None and torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
         with Frame(self, self._adoption):
             return super().forward(*args, **kwargs)
+
+    def _capture(self, adoption: Adoption, order: Order) -> dict[str, Any]:
+        """What a graph reads of this module; called in its frame, or in that of one above."""
+        return {
+            name: getattr(self, name)
+            for name, strategy in adoption.strategies.items()
+            if not isinstance(strategy, Rotate) or adoption.ring.world_size == 1
+        }
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         adoption, present = self._adoption, self._parameters.get(name)
@@ -51,12 +77,12 @@ class Adopted(nn.Module):
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         if module is not None and self._adoption is not None:
-            check_new_module(module, self._adoption.name(name), self._adoption.ring)
+            _take_in(module, self._adoption, name)
         super().add_module(name, module)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Module) and self._adoption is not None:
-            check_new_module(value, self._adoption.name(name), self._adoption.ring)
+            _take_in(value, self._adoption, name)
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
@@ -97,11 +123,35 @@ class AdoptedParameterList(Adopted):
         return super().__getitem__(index)  # type: ignore[misc]
 
 
+class AdoptedOptimizedModule(Adopted):
+    """What ``torch.compile(module)`` returned: the graph is entered in its ``forward``."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._adoption is None or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        with Frame(self, self._adoption), Capture(self):
+            return super().__call__(*args, **kwargs)
+
+
+def is_optimized(module: nn.Module) -> bool:
+    """Whether ``module`` is what ``torch.compile`` returned for another one."""
+    return "_orig_mod" in module._modules
+
+
+def _take_in(module: nn.Module, parent: Adoption, name: str) -> None:
+    """``module`` becomes a part of the parent: nothing new, but maybe something compiled."""
+    check_new_module(module, parent.name(name), parent.ring)
+    if is_optimized(module) and "_adoption" not in vars(module):
+        adoption = replace(parent, fqn=parent.name(name), strategies={})
+        adopt(module, adoption, AdoptedOptimizedModule)
+
+
 def adopt(module: nn.Module, adoption: Adoption, mixin: type[Adopted] = Adopted) -> None:
     """Make ``module`` an instance of its class and of ``mixin``, in place."""
     original = type(module)
     names = frozenset(adoption.strategies)
-    module.__class__ = _adopted_class(mixin, original, names)  # type: ignore[arg-type]
+    # What torch.compile returned hands attributes that are set on to the module inside.
+    object.__setattr__(module, "__class__", _adopted_class(mixin, original, names))  # type: ignore[arg-type]
     for name, member in vars(mixin).items():
         if isinstance(member, property):
             vars(module).pop(name, None)  # what the property replaces would stay alive, unread
@@ -126,14 +176,19 @@ def _cast_forward(mixin: type[Adopted]) -> Any:
     def forward(self: Adopted, *args: Any, **kwargs: Any) -> Any:
         if self._adoption is None:
             return mixin.forward(self, *args, **kwargs)
-        precision, at_root = self._adoption.ring.precision, not self._adoption.fqn
+        precision = self._adoption.ring.precision
         args, kwargs = cast_inputs((args, kwargs), precision)
         output = mixin.forward(self, *args, **kwargs)
-        if precision.output_dtype is not None and at_root:
+        if precision.output_dtype is not None and self._adoption.at_root:
             output = cast_floats(output, precision.output_dtype)
         return output
 
     return forward
+
+
+@torch.compiler.disable(reason="only blocks of a wrapped model can be compiled: block.compile()")
+def _call_uncompiled(module: Adopted, args: Any, kwargs: Any) -> Any:
+    return module(*args, **kwargs)
 
 
 def _new_adopted(
@@ -151,6 +206,9 @@ def _parameter(name: str) -> property:
     """
 
     def get(self: Adopted) -> Any:
+        captured = self._captured
+        if captured is not None and name in captured and torch.compiler.is_compiling():
+            return captured[name]
         if name in self._parameters:
             parameter = self._parameters[name]
             if parameter is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rtp_wrap.policy import MixedPrecisionPolicy, Strategy
 from rtp_wrap.ring import Ring
@@ -17,6 +17,12 @@ class Adoption:
     strategies: dict[str, Strategy]
     #: In which the module's own parameters compute; other than the ring's for some norms.
     precision: MixedPrecisionPolicy
+    #: Whether this is the wrapped model itself. In a compiled graph, where an fqn must not be asked
+    #: for: the graph would be that of one layer only.
+    at_root: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "at_root", not self.fqn)
 
     def name(self, parameter: str) -> str:
         return f"{self.fqn}.{parameter}" if self.fqn else parameter

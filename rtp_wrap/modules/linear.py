@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import nn
 
+from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.frame import Frame
 from rtp_wrap.modules.rotated import Rotated, rotates_weight
 from rtp_wrap.ops import rotated_linear
+from rtp_wrap.ops.captured import CapturedLinear, Order, captured_linear
 
 
 class RotatedLinear(Rotated):
@@ -19,6 +22,7 @@ class RotatedLinear(Rotated):
     """
 
     bias: torch.Tensor | None
+    _compiles = True
     #: Whether the weight is ``[in_features, out_features]``.
     _transposed = False
 
@@ -30,6 +34,8 @@ class RotatedLinear(Rotated):
         adoption = self._adoption
         if adoption is None or adoption.ring.world_size == 1:
             return super().forward(input)  # nothing to rotate: torch's own linear, bit for bit
+        if self._captured is not None and torch.compiler.is_compiling():
+            return captured_linear(input, self.bias, self._captured["inputs"])
         with Frame(self, adoption):
             return rotated_linear(
                 input,
@@ -39,6 +45,14 @@ class RotatedLinear(Rotated):
                 self.site,
                 transposed=self._transposed,
             )
+
+    def _capture(self, adoption: Adoption, order: Order) -> dict[str, Any]:
+        captured = super()._capture(adoption, order)
+        if adoption.ring.world_size > 1:
+            if "_layer" not in vars(self):
+                vars(self)["_layer"] = CapturedLinear(adoption.ring, self.site, self._transposed)
+            captured["inputs"] = vars(self)["_layer"].inputs(self.home("weight"), order)
+        return captured
 
 
 class RotatedConv1D(RotatedLinear):

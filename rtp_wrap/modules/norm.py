@@ -23,6 +23,7 @@ class AdoptedNorm(Adopted):
     at the wrapper's entry, so that it also holds for models that are entered by an inner module.
     """
 
+    _compiles = False
     training: bool
     #: Whether this rank's batches went into the statistics since they were rank 0's.
     _has_own_statistics = False

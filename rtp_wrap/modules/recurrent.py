@@ -18,6 +18,7 @@ from rtp_wrap.policy import Gather
 class AdoptedRecurrent(Adopted):
     """Reads the list of weights through the parameters, each time; what torch stores is dropped."""
 
+    _compiles = False
     _flat_weights_names: list[str]
     flatten_parameters: Callable[[], None]
 

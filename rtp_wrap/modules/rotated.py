@@ -14,6 +14,8 @@ from rtp_wrap.policy import Rotate
 class Rotated(Adopted):
     """An adopted module whose forward computes on rotating tiles."""
 
+    _compiles = False
+
     @staticmethod
     def rotation_dim(module: nn.Module, name: str) -> int | None:
         """The dim along which parameter ``name`` of ``module`` is rotated by default.

@@ -43,15 +43,20 @@ def rotating(weight: DTensor, ring: Ring) -> tuple[torch.Tensor | None, Rotating
     The token is empty, fp32; ``None`` where no gradient is wanted.
     """
     use = RotatingWeight(weight, ring)
-    if not (torch.is_grad_enabled() and weight.requires_grad):
-        return None, use
+    return token_of(use, ring), use
+
+
+def token_of(use: RotatingWeight, ring: Ring) -> torch.Tensor | None:
+    """What stands in for the weight of ``use``; its gradient's node takes from ``use``."""
+    if not (torch.is_grad_enabled() and use.weight.requires_grad):
+        return None
     stream = ring.gradient_stream
     if stream is None:
-        return _WeightNode.apply(weight, use, ring), use
+        return _WeightNode.apply(use.weight, use, ring)
     computation = torch.cuda.current_stream(ring.device.index)
     torch.cuda.set_stream(stream)  # a context manager takes longer
     try:
-        return _WeightNode.apply(weight, use, ring), use
+        return _WeightNode.apply(use.weight, use, ring)
     finally:
         torch.cuda.set_stream(computation)
 

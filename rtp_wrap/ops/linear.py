@@ -95,13 +95,8 @@ def _rotated(
     fqn: str,
     transposed: bool,
 ) -> tuple[torch.Tensor, ...]:
-    features = weight.shape[0 if transposed else 1]
     for x in xs:
-        if x.dim() == 0 or x.shape[-1] != features:
-            raise ValueError(
-                f"{fqn}: input of shape {tuple(x.shape)} does not end in the layer's {features} "
-                f"input features"
-            )
+        check_features(fqn, x, weight, transposed)
     ring = resolve(key)
     xs = in_layers_dtype(ring, fqn, weight, xs)
     bias = None if bias is None else bias.to(xs[0].dtype)
@@ -110,6 +105,16 @@ def _rotated(
         token, bias, use, ring, fqn, transposed, sizes, *xs
     )
     return ys
+
+
+def check_features(fqn: str, x: torch.Tensor, weight: DTensor, transposed: bool) -> None:
+    """Raise ``ValueError`` if ``x`` is no ``[..., I]``."""
+    features = weight.shape[0 if transposed else 1]
+    if x.dim() == 0 or x.shape[-1] != features:
+        raise ValueError(
+            f"{fqn}: input of shape {tuple(x.shape)} does not end in the layer's {features} "
+            f"input features"
+        )
 
 
 class _RotatedLinear(torch.autograd.Function):
@@ -131,9 +136,9 @@ class _RotatedLinear(torch.autograd.Function):
         # Not saved: the home shard is the parameter's own memory, and a change of it between
         # forward and backward is found by its versions, with an error that names the layer.
         ctx.use, ctx.written = use, WriteCheck(weight, fqn, ring)
-        ctx.ring, ctx.fqn, ctx.layout = ring, fqn, _Layout(transposed, sizes)
+        ctx.ring, ctx.fqn, ctx.layout = ring, fqn, Layout(transposed, sizes)
         with without_autocast(xs[0].device.type):
-            ys = _forward(ring, fqn, ctx.layout, [_flat(x) for x in xs], weight, bias)
+            ys = linear_forward(ring, fqn, ctx.layout, [flat(x) for x in xs], weight, bias)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for x, y in zip(xs, ys, strict=True))
 
     @staticmethod
@@ -141,13 +146,13 @@ class _RotatedLinear(torch.autograd.Function):
         refuse_double_backward(ctx.fqn)
         ctx.written.check()
         needs_dw, needs_db = ctx.needs_input_grad[:2]
-        flat = [_flat(dy) for dy in dys]  # [T, O]
-        xs = [_flat(x) for x in ctx.saved_tensors] if needs_dw else None  # [T, I]
+        dys = tuple(flat(dy) for dy in dys)  # [T, O]
+        xs = [flat(x) for x in ctx.saved_tensors] if needs_dw else None  # [T, I]
         needs_dx = list(ctx.needs_input_grad[7:])
         weight = ctx.use.weight
         with without_autocast(dys[0].device.type):
-            dxs, dw = _backward(ctx.ring, ctx.fqn, ctx.layout, xs, flat, weight, needs_dx)
-            db = torch.cat([dy.sum(0) for dy in flat]) if needs_db else None
+            dxs, dw = linear_backward(ctx.ring, ctx.fqn, ctx.layout, xs, dys, weight, needs_dx)
+            db = torch.cat([dy.sum(0) for dy in dys]) if needs_db else None
         shaped = [
             None if dx is None else dx.view(shape)
             for dx, shape in zip(dxs, ctx.shapes, strict=True)
@@ -155,7 +160,7 @@ class _RotatedLinear(torch.autograd.Function):
         return ctx.use.put(dw), db, None, None, None, None, None, *shaped
 
 
-class _Layout:
+class Layout:
     """Which dimension of the weight the outputs are, and how they are cut into sections."""
 
     def __init__(self, transposed: bool, sizes: Sequence[int]) -> None:
@@ -184,18 +189,20 @@ class _Layout:
                 )
 
 
-def _flat(x: torch.Tensor) -> torch.Tensor:
+def flat(x: torch.Tensor) -> torch.Tensor:
+    """``[..., I]`` as ``[T, I]``."""
     return x.reshape(-1, x.shape[-1])
 
 
-def _forward(
+def linear_forward(
     ring: Ring,
     fqn: str,
-    layout: _Layout,
+    layout: Layout,
     xs: Sequence[torch.Tensor],
     weight: DTensor,
     bias: torch.Tensor | None,
 ) -> list[torch.Tensor]:
+    """``y`` of each section."""
     ys = [x.new_empty(x.shape[0], size) for x, size in zip(xs, layout.sizes, strict=True)]
     begun: set[tuple[int, int]] = set()  # (section, its output) from where a sum is there already
 
@@ -216,10 +223,10 @@ def _forward(
     return ys
 
 
-def _backward(
+def linear_backward(
     ring: Ring,
     fqn: str,
-    layout: _Layout,
+    layout: Layout,
     xs: Sequence[torch.Tensor] | None,
     dys: Sequence[torch.Tensor],
     weight: DTensor,

@@ -78,16 +78,26 @@ def in_layers_dtype(
 
     That dtype is the precision policy's for the weight, or autocast's, which casts inputs itself.
     """
-    kind = xs[0].device.type
-    castable = all(x.is_floating_point() and x.dtype != torch.float64 for x in xs)
-    if torch.is_autocast_enabled(kind) and castable:
-        dtype = torch.get_autocast_dtype(kind)
+    dtype = autocast_dtype(xs)
+    if dtype is not None:
         return [x.to(dtype) for x in xs]
     dtype = ring.precision.compute_dtype(weight.dtype)
     for x in xs:
-        if x.dtype != dtype:
-            raise TypeError(
-                f"{fqn}: input is {x.dtype} but the layer computes in {dtype}; convert the input, "
-                f"or use torch.autocast or a MixedPrecisionPolicy"
-            )
+        check_dtype(fqn, x, dtype)
     return list(xs)
+
+
+def autocast_dtype(xs: Sequence[torch.Tensor]) -> torch.dtype | None:
+    """In which autocast computes on the inputs, if it does."""
+    kind = xs[0].device.type
+    castable = all(x.is_floating_point() and x.dtype != torch.float64 for x in xs)
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and castable else None
+
+
+def check_dtype(fqn: str, x: torch.Tensor, dtype: torch.dtype) -> None:
+    """Raise ``TypeError`` for an input of another dtype than the layer's."""
+    if x.dtype != dtype:
+        raise TypeError(
+            f"{fqn}: input is {x.dtype} but the layer computes in {dtype}; convert the input, "
+            f"or use torch.autocast or a MixedPrecisionPolicy"
+        )

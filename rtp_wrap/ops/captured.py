@@ -1,0 +1,272 @@
+r"""The rotated linear inside a compiled graph.
+
+A graph holds two operators, of the forward and of the backward, which do what ``ops.linear`` does;
+shapes and maths are there. Equal blocks of a model share one graph, so a graph must not know which
+layer it computes: the layer comes as a number in a tensor, one of the graph's inputs.
+
+What keeps ranks in step: compilers move, merge and drop operators, by sizes that differ between
+ranks. Not these. Each writes to an ``Order``, a tensor that all operators of a graph and direction
+share, so that each one follows the one before. And a backward reads the versions that its forward
+wrote: where a graph computes forwards again (activation checkpointing), all of them come first.
+
+The gradient of a weight does not pass through the graph. It waits in the layer for the weight's
+node, which is made outside, on the stream where gradients are finished (see ``gradient``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from rtp_wrap.ops.gradient import RotatingWeight, token_of
+from rtp_wrap.ops.linear import Layout, check_features, flat, linear_backward, linear_forward
+from rtp_wrap.ops.rotate import autocast_dtype, check_dtype, without_autocast
+from rtp_wrap.ring import Ring
+from rtp_wrap.shard import dtensor_like
+from rtp_wrap.written import WriteCheck
+
+_numbers = itertools.count()
+_layers: WeakValueDictionary[int, CapturedLinear] = WeakValueDictionary()
+
+
+class CapturedLinear:
+    """A rotated linear layer as operators know it; its module's, for the module's whole life."""
+
+    def __init__(self, ring: Ring, fqn: str, transposed: bool) -> None:
+        self.ring, self.fqn, self.transposed = ring, fqn, transposed
+        number = next(_numbers)
+        with torch.inference_mode(False):  # the first call may be in it, others will not
+            self.number = torch.tensor(number, device="cpu")
+        self.weight: DTensor | None = None
+        self._order: Order | None = None
+        # The number of a backward, and what its operators found so far.
+        self._pending: tuple[int, DTensor] | None = None
+        _layers[number] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the module is another layer."""
+        return CapturedLinear, (self.ring, self.fqn, self.transposed)
+
+    def inputs(self, weight: DTensor, order: Order) -> LinearInputs:
+        """What one call of the layer is in a graph; made outside of it."""
+        self.weight, self._order = weight, order
+        token = token_of(_CapturedWeight(self, weight), self.ring)
+        features = weight.shape[1 if self.transposed else 0]
+        dtype = self.ring.precision.compute_dtype(weight.dtype)
+        return LinearInputs(self.number, token, features, dtype, order)
+
+    def begin_forward(self) -> DTensor:
+        """The weight, for an operator that begins."""
+        assert self.weight is not None
+        assert self._order is not None
+        self._order.provide()
+        return self.weight
+
+    def put(self, gradient: DTensor) -> None:
+        """Leave a gradient for the weight's node; of several uses in one backward their sum."""
+        backward = torch._C._current_graph_task_id()  # no public call tells
+        # Nobody took the one of another backward: torch.autograd.grad() of an input alone, say.
+        if self._pending is not None and self._pending[0] == backward:
+            stream = self.ring.gradient_stream
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                total = self._pending[1]._local_tensor + gradient._local_tensor
+            gradient = dtensor_like(total, gradient)
+        self._pending = backward, gradient
+
+    def take(self) -> DTensor | None:
+        """What was left, if the node of another call has not taken it together with its own."""
+        pending, self._pending = self._pending, None
+        return None if pending is None else pending[1]
+
+
+class Order:
+    """What the operators of one call of a compiled module write to, 0-dimensional each.
+
+    That of the backward is saved for it, and nothing else may write to it until then. Where a
+    module is more than one graph, each has its own: the forward of one provides that of the next.
+    """
+
+    __slots__ = ("backward", "forward")
+
+    def __init__(self) -> None:
+        self.forward = torch.zeros((), device="cpu")
+        self.provide()
+
+    def provide(self) -> None:
+        """Another one for the backward of what comes next."""
+        self.backward = torch.zeros((), device="cpu")
+
+
+class LinearInputs(NamedTuple):
+    """One call of a layer. ``features`` are those of the output."""
+
+    layer: torch.Tensor
+    token: torch.Tensor | None
+    features: int
+    dtype: torch.dtype
+    order: Order
+
+
+class _CapturedWeight(RotatingWeight):
+    """A weight in one call of a compiled module, however often the layer is used in there."""
+
+    __slots__ = ("_layer", "_written")
+
+    def __init__(self, layer: CapturedLinear, weight: DTensor) -> None:
+        super().__init__(weight, layer.ring)
+        self._layer = layer
+        # Also found where an operator compares versions, unless the forward was computed again
+        # for the backward, and after the write.
+        self._written = WriteCheck(weight, layer.fqn, layer.ring)
+
+    def take(self) -> DTensor | None:
+        self._written.check()
+        return self._layer.take()
+
+
+def captured_linear(
+    x: torch.Tensor, bias: torch.Tensor | None, inputs: LinearInputs
+) -> torch.Tensor:
+    """``x @ weight^T + bias`` inside a graph; like ``rotated_linear``.
+
+    ``ValueError`` and ``TypeError`` for shapes and dtypes come when the graph runs, before any
+    communication.
+    """
+    cast = autocast_dtype([x])
+    dtype = inputs.dtype if cast is None else cast
+    x = x if cast is None else x.to(cast)
+    y: torch.Tensor = _CapturedLinear.apply(
+        x,
+        None if bias is None else bias.to(dtype),
+        inputs.token,
+        inputs.layer,
+        inputs.order.forward,
+        inputs.order.backward,
+        inputs.features,
+        dtype,
+    )
+    return y
+
+
+class _CapturedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        token: torch.Tensor | None,
+        layer: torch.Tensor,
+        forward_order: torch.Tensor,
+        backward_order: torch.Tensor,
+        features: int,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        y, versions = _forward(x, bias, layer, forward_order, features, dtype)
+        ctx.needs_dx, ctx.needs_db, ctx.needs_dw = ctx.needs_input_grad[:3]
+        ctx.features = x.shape[-1]
+        ctx.save_for_backward(x if ctx.needs_dw else None, layer, versions, backward_order)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, layer, versions, order = ctx.saved_tensors
+        dx = _backward(dy, x, layer, versions, order, ctx.features, ctx.needs_dx)
+        db = flat(dy).sum(0) if ctx.needs_db else None
+        token_gradient = dy.new_empty(0, dtype=torch.float32) if ctx.needs_dw else None
+        return dx if ctx.needs_dx else None, db, token_gradient, None, None, None, None, None
+
+
+@torch.library.custom_op(
+    "rtp_wrap::linear_forward",
+    mutates_args={"order"},
+    schema="(Tensor x, Tensor? bias, Tensor layer, Tensor(a!) order, SymInt features, "
+    "ScalarType dtype) -> (Tensor, Tensor)",
+)
+def _forward(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    layer: torch.Tensor,
+    order: torch.Tensor,
+    features: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``y``, and the versions of the weight that it was computed with."""
+    its = _layer(layer)
+    weight = its.begin_forward()
+    check_features(its.fqn, x, weight, its.transposed)
+    check_dtype(its.fqn, x, dtype)
+    versions = WriteCheck(weight, its.fqn, its.ring).versions
+    layout = Layout(its.transposed, [features])
+    with torch.no_grad(), without_autocast(x.device.type):
+        (y,) = linear_forward(its.ring, its.fqn, layout, [flat(x)], weight, bias)
+    return y.view(*x.shape[:-1], features), torch.tensor(versions, device="cpu")
+
+
+@_forward.register_fake
+def _(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    layer: torch.Tensor,
+    order: torch.Tensor,
+    features: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    versions = torch.empty(2, dtype=torch.int64, device="cpu")
+    return x.new_empty(*x.shape[:-1], features), versions
+
+
+@torch.library.custom_op(
+    "rtp_wrap::linear_backward",
+    mutates_args={"order"},
+    schema="(Tensor dy, Tensor? x, Tensor layer, Tensor versions, Tensor(a!) order, "
+    "SymInt features, bool needs_dx) -> Tensor",
+)
+def _backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    layer: torch.Tensor,
+    versions: torch.Tensor,
+    order: torch.Tensor,
+    features: int,
+    needs_dx: bool,
+) -> torch.Tensor:
+    """``dx``, of ``features``, or empty; ``dW`` is left in the layer if there is ``x``."""
+    its = _layer(layer)
+    weight = its.weight
+    assert weight is not None
+    WriteCheck(weight, its.fqn, its.ring, tuple(versions.tolist())).check()
+    layout = Layout(its.transposed, [dy.shape[-1]])
+    xs = None if x is None else [flat(x)]
+    with torch.no_grad(), without_autocast(dy.device.type):
+        (dx,), dw = linear_backward(its.ring, its.fqn, layout, xs, [flat(dy)], weight, [needs_dx])
+    if dw is not None:
+        its.put(dw)
+    return dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], features)
+
+
+@_backward.register_fake
+def _(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    layer: torch.Tensor,
+    versions: torch.Tensor,
+    order: torch.Tensor,
+    features: int,
+    needs_dx: bool,
+) -> torch.Tensor:
+    return dy.new_empty(*dy.shape[:-1], features) if needs_dx else dy.new_empty(0)
+
+
+def _layer(number: torch.Tensor) -> CapturedLinear:
+    layer = _layers.get(int(number))
+    if layer is None:
+        raise RuntimeError(
+            "a compiled module ran, or its backward, when the wrapped model that it is part of "
+            "was gone already: keep the model until the backward is done"
+        )
+    return layer
