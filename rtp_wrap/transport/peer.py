@@ -137,7 +137,7 @@ class PeerTransport:
         self._has_graph = False
         #: Lanes begin anew with each: a capture, and where there are graphs a pass outside of them.
         self._epoch = 0
-        #: The backward whose end is waited for.
+        #: The backward whose end is waited for; -1 for none.
         self._backward = -1
         self._cells: dict[tuple[torch.Size, int, torch.dtype, bool], list[Cell]] = {}
         self._visits: dict[str, Visit] = {}
@@ -190,10 +190,13 @@ class PeerTransport:
             self._begin_epoch()
         if self._has_graph:
             backward = torch._C._current_graph_task_id()
-            if backward not in (-1, self._backward):
+            if backward != self._backward:
+                if self._backward != -1:  # it raised, and so did not call back
+                    self.end_pass()
                 self._backward = backward
-                # No public call tells of the end of a backward; FSDP2 waits for it like this.
-                torch.autograd.Variable._execution_engine.queue_callback(self.end_pass)
+                if backward != -1:
+                    # No public call tells of the end of a backward; FSDP2 waits for it like this.
+                    torch.autograd.Variable._execution_engine.queue_callback(self.end_pass)
 
     def end_pass(self) -> None:
         """An outermost forward, or a backward, is over.
@@ -202,6 +205,7 @@ class PeerTransport:
         under way beside the computation. So all of that is waited for, and nothing is kept that a
         replay could write to.
         """
+        self._backward = -1
         if self._has_graph:
             self._join(torch.cuda.current_stream(self._device))
             if not self._capture:
