@@ -222,7 +222,7 @@ class _Torch:
             set_stream=partial(setattr, machine, "current"),
         )
         self._C = SimpleNamespace(_current_graph_task_id=lambda: machine.backward)
-        engine = SimpleNamespace(queue_callback=machine.callbacks.append)
+        engine = SimpleNamespace(queue_callback=lambda call: machine.callbacks.append(call))
         self.autograd = SimpleNamespace(Variable=SimpleNamespace(_execution_engine=engine))
 
     def tensor(self, data: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

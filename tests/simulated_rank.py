@@ -7,7 +7,8 @@ are numbers of which the mean is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -30,6 +31,8 @@ _WRITTEN = 10_000
 _PART = 12
 
 Order = Sequence[str]
+#: Enqueues a look at a gradient.
+Check = Callable[[], None]
 
 
 class Raised(Exception):
@@ -110,7 +113,8 @@ class Rank:
     def __init__(self, world: World, machine: Machine, memory: Memory) -> None:
         self._world, self._machine, self._rank = world, machine, memory.rank
         #: Two streams for the computation, of which the first one is current.
-        self.streams = machine.current, _ = Stream(machine), Stream(machine)
+        self.streams = Stream(machine), Stream(machine)
+        machine.current = self.streams[0]
         self.peers = PeerTransport(
             memory, world.staging_bytes, torch.device("cuda", 0), overlap=world.overlap
         )
@@ -150,33 +154,42 @@ class Rank:
         raising: int | None = None,
         ending: int | None = None,
         recomputed: Collection[int] = (),
+        nested: Collection[int] = (),
     ) -> None:
-        """That of a forward in ``order``; some layers may be called again before theirs.
+        """That of a forward in ``order``; some layers are called again before theirs.
 
-        A layer may raise, or something else that comes before a layer.
+        Some of which in a backward of their own, as reentrant checkpoints have it. A layer may
+        raise, or something else that comes before a layer.
         """
-        machine = self._machine
-        self._backwards += 1
-        machine.backward = self._backwards
-        checks: list[Callable[[], None]] = []
-        try:
+        with self._graph_task() as checks:
             for place, name in reversed(list(enumerate(order))):
                 if place == ending:
                     raise Raised
                 if place in recomputed:
                     self._call(name)
                 needs_dx = place > 0 and name not in self._world.reads
-                checks.append(self._derive(name, needs_dx, raising=place == raising))
-        except Raised:
-            machine.callbacks.clear()
-            raise
+                with self._graph_task() if place in nested else nullcontext():
+                    checks.append(self._derive(name, needs_dx, raising=place == raising))
+
+    @contextmanager
+    def _graph_task(self) -> Iterator[list[Check]]:
+        """A backward as autograd runs it; unless it raised, it ends with waiting and calling back.
+
+        In the end its ``Check``s are enqueued.
+        """
+        machine = self._machine
+        around = machine.backward, machine.callbacks
+        self._backwards += 1
+        machine.backward, machine.callbacks = self._backwards, []
+        checks: list[Check] = []
+        try:
+            yield checks
+            if self.peers.gradient_stream is not None:
+                self.current.wait_stream(self.peers.gradient_stream)
+            for call_back in machine.callbacks:
+                call_back()
         finally:
-            machine.backward = -1
-        # As autograd does it: it waits for the gradients, and then calls back.
-        if self.peers.gradient_stream is not None:
-            self.current.wait_stream(self.peers.gradient_stream)
-        while machine.callbacks:
-            machine.callbacks.pop(0)()
+            machine.backward, machine.callbacks = around
         for check in checks:
             check()
 
@@ -218,7 +231,7 @@ class Rank:
         else:
             pull.forward(self._ring, event, weight, weight.dtype, product)
 
-    def _derive(self, name: str, needs_dx: bool, *, raising: bool) -> Callable[[], None]:
+    def _derive(self, name: str, needs_dx: bool, *, raising: bool) -> Check:
         """The backward of a layer; returns what compares its gradient."""
         weight, machine = self._weights[name], self._machine
         self._parts += 1

@@ -69,9 +69,15 @@ def drop(rank: Rank, names: Order) -> None:
 
 
 def recompute(rank: Rank, names: Order) -> None:
-    for _ in range(3):
+    for _ in range(2):
         rank.forward(names)
         rank.backward(names, recomputed=range(0, len(names), 2))
+        rank.write()
+    graph = rank.captured(rank.train, names)
+    for _ in range(2):
+        rank.replay(graph)
+        rank.forward(names)
+        rank.backward(names, recomputed=range(len(names)), nested=range(0, len(names), 2))
         rank.write()
 
 
@@ -240,6 +246,7 @@ ACTIONS = [
     "backward, raising",
     "backward, ending",
     "backward, recomputing",
+    "backward, nested",
     "write",
     "other stream",
     "capture a forward",
@@ -273,14 +280,15 @@ def _execute(rank: Rank, orders: list[list[str]], actions: list[tuple[str, int]]
                     raising=at if "raising" in action else None,
                     ending=at if "ending" in action else None,
                     recomputed=[at] if "recomputing" in action else (),
+                    nested=[at] if "nested" in action else (),
                 )
             if "ending" in action:
                 rank.forward(order)  # until a pass begins nothing tells of the end of that one
         elif action == "write":
             rank.write()
         elif action == "other stream":
-            # Passes wait for each other, but for the replay of a graph somebody has to.
-            rank.use(rank.streams[number % 2], waiting=bool(graphs))
+            # Layers wait for each other, but what else changes streams waits by itself.
+            rank.use(rank.streams[number % 2], waiting=True)
         elif action.startswith("capture"):
             graphs.append(rank.captured(rank.train if "step" in action else rank.forward, order))
         elif action == "replay" and graphs:
