@@ -521,8 +521,9 @@ def _check_allocator() -> None:
     model = _built(build, torch.float32)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
+    policy = ShardingPolicy(replicate_below=0, staging_bytes=1 << 18)
     with mock.patch.object(rtp_wrap.home, "PIECE_BYTES", 1 << 16):
-        wrapped = RotatedTensorParallel(model, policy=SMALL)
+        wrapped = RotatedTensorParallel(model, policy=policy)
     peak = torch.cuda.max_memory_allocated() - before
     # One whole weight, and a little for biases, pieces and the collective's own.
     homes = depth * weight // dist.get_world_size()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import weakref
 from copy import deepcopy
 from typing import Any
@@ -23,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rtp_wrap
 from rtp_wrap import MixedPrecisionPolicy, Rotate, RotatedTensorParallel, ShardingPolicy
+from rtp_wrap.transport import choice
 from rtp_wrap.transport.area import WINDOW, Area
 from rtp_wrap.transport.choice import VARIABLE
 from rtp_wrap.transport.peer import PeerTransport
@@ -226,6 +228,29 @@ def _copies_come_and_go() -> int:
 def test_a_deleted_copys_weights_are_gone(world_size: int) -> None:
     """Copies share the ring, and what it knows of which weight comes next."""
     assert run_ranks(world_size, _copies_come_and_go) == [0] * world_size
+
+
+def _facts(rank: int, **changes: Any) -> Any:
+    others = frozenset(f"gpu {other}" for other in range(3) if other != rank)
+    facts = {"host": "here", "device": f"gpu {rank}", "reads": others, "lacks": "", "meetings": 2}
+    return choice._Facts(**{**facts, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, ""),
+        ({"host": "there"}, "the ranks are on several hosts"),
+        ({"lacks": "an old driver"}, "rank 1: an old driver"),
+        ({"device": "gpu 0"}, "rank 0 shares its GPU with another rank"),
+        ({"reads": frozenset(["gpu 0"])}, "the GPU of rank 1 cannot read those of all others"),
+        ({"meetings": 3}, r"ranks have wrapped models \[2, 3, 2\] times .* in groups that not all"),
+    ],
+)
+def test_what_keeps_gpus_from_being_peers(changes: dict[str, Any], told: str) -> None:
+    facts = [_facts(0), _facts(1, **changes), _facts(2)]
+    obstacle = choice._obstacle(facts, on_gpus=True)
+    assert re.match(told or "$", obstacle)
 
 
 class Unequal(nn.Module):

@@ -56,13 +56,13 @@ class Model(nn.Module):
 class Delays:
     """Sleeps that are drawn from a seed, each at its share of the places."""
 
-    def __init__(self, seed: int) -> None:
-        self._draw = random.Random(seed)
+    def __init__(self, seed: int, share: float) -> None:
+        self._draw, self._share = random.Random(seed), share
         self.count = 0
 
     def maybe(self, stream: torch.cuda.Stream | None = None) -> None:
         """Perhaps one, of the host, or of the work on ``stream`` (default: the current one)."""
-        if self._draw.random() >= SHARE:
+        if self._draw.random() >= self._share:
             return
         self.count += 1
         if not ON_GPU:
@@ -128,7 +128,7 @@ def _train(model: RotatedTensorParallel) -> list[torch.Tensor]:
     return [torch.stack(losses), *(getattr(each, "_local_tensor", each) for each in weights)]
 
 
-def _check(staging_bytes: int | None, inplace: bool) -> int:
+def _check(staging_bytes: int | None, inplace: bool, share: float) -> int:
     """Two trainings, of which the second one has delays: how many."""
     torch.manual_seed(0)
     original = Model().to(device())
@@ -138,7 +138,7 @@ def _check(staging_bytes: int | None, inplace: bool) -> int:
         transport="peer",
         staging_bytes=staging_bytes,
     )
-    delays = Delays(seed=dist.get_rank())
+    delays = Delays(dist.get_rank(), share)
     results = []
     for late in (False, True):
         model = RotatedTensorParallel(deepcopy(original), policy=policy, inplace=inplace)
@@ -152,7 +152,11 @@ def _check(staging_bytes: int | None, inplace: bool) -> int:
 
 #: Seven slots for four tiles of 8 KiB each on a GPU, of 512 bytes else: a layer is several cells.
 SMALL = 7 * 4 * (8192 if ON_GPU else 512)
-CASES = {"whole": (None, False), "cut": (SMALL, False), "in place": (None, True)}
+CASES = {
+    "whole": (None, False, SHARE),
+    "cut": (SMALL, False, SHARE / 4),  # of more places
+    "in place": (None, True, SHARE),
+}
 SIZES = [size for size in WORLD_SIZES if size > 1]
 #: One size for each, as sleeping takes its time; with fewer GPUs some have the same.
 PAIRS = [

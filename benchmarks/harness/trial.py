@@ -115,7 +115,8 @@ def _train(trial: Trial, device: torch.device, memory: Memory) -> Outcome:
     ticks = [_tick(device)]
     losses = []
     for index, tokens in enumerate(batches):
-        if index == trial.warmup and not trial.from_start:
+        # A captured step allocates once and for all, when it is captured.
+        if index == trial.warmup and not trial.from_start and not strategy.graphed:
             memory.restart()
         losses.append(step(tokens))
         ticks.append(_tick(device))

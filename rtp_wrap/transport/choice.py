@@ -36,6 +36,8 @@ class _Facts:
     device: str
     reads: frozenset[str]
     lacks: str
+    #: How often the process has met others for symmetric memory, in whatever group.
+    meetings: int = 0
 
 
 def wanted(transport: str) -> str:
@@ -120,7 +122,7 @@ def _facts(device: torch.device) -> _Facts:
         for each in devices
         if each != device.index and torch.cuda.can_device_access_peer(device.index, each)
     )
-    return _Facts(host, uuids[device.index], reads, _lacking())
+    return _Facts(host, uuids[device.index], reads, _lacking(), SymmetricMemory.meetings)
 
 
 def _boot() -> str:
@@ -149,6 +151,13 @@ def _obstacle(facts: Sequence[_Facts], on_gpus: bool) -> str:
             return f"rank {rank} shares its GPU with another rank"
         if on_gpus and not others <= each.reads:
             return f"the GPU of rank {rank} cannot read those of all others, or does not see them"
+    meetings = [each.meetings for each in facts]
+    if len(set(meetings)) > 1:
+        # Ranks look for each other under this number, so they would not find each other.
+        return (
+            f"ranks have wrapped models {meetings} times with GPUs that read each other's memory, "
+            f"in groups that not all of them are in, and torch counts all groups together"
+        )
     return ""
 
 

@@ -49,6 +49,10 @@ class SymmetricMemory:
     barriers of one lane are called on one stream, in the same order on every rank.
     """
 
+    #: How often this process met others. It must be the same on all who meet: torch numbers its
+    #: messages by a counter of the process, whatever the group.
+    meetings = 0
+
     def __init__(
         self, group: dist.ProcessGroup, device: torch.device, nbytes: int, lanes: int
     ) -> None:
@@ -65,6 +69,7 @@ class SymmetricMemory:
 
     def meet(self, group: dist.ProcessGroup) -> None:
         """Make the memory of all ranks readable. All ranks call this together."""
+        SymmetricMemory.meetings += 1
         self._handle: Any = symmetric_memory.rendezvous(self._buffer, group)
         self._watchdog = Watchdog(self._lanes, timeout_of(group), self.rank)
         self._barriers = [
