@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, Phase, settings
 
 from tests.ranks import DEVICE_TYPE, LAUNCHED, THOROUGH, WORLD_SIZES, shutdown
 
-#: From so many cases on, they take turns at world sizes.
-MANY_CASES = 4
+#: From so many cases on, each runs at half of the world sizes, or at one.
+MANY_CASES, VERY_MANY_CASES = 4, 8
 
 # Launched ranks must draw the same examples, and a failure costs them their group, so that they do
 # not look for a smaller example. RTP_TEST_EXAMPLES=10 draws ten times as many.
@@ -38,28 +38,27 @@ def pytest_report_header() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of a test with many cases at all world sizes, run each case at every other size only.
+    """Of a test with many cases, run each case at some of its world sizes only.
 
-    All sizes are still seen with half of the cases. RTP_TEST_EXAMPLES=10 runs everything.
+    All sizes are still seen, with other cases each. RTP_TEST_EXAMPLES=10 runs everything.
     """
     if THOROUGH or len(WORLD_SIZES) < 3:
         return
-    tests = defaultdict(list)
+    tests: dict[Any, dict[str, list[pytest.Item]]] = defaultdict(lambda: defaultdict(list))
     for item in items:
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
-            params = dict(item.callspec.params)
-            size = params.pop("world_size", None)
-            tests[item.parent, item.originalname].append((item, size, repr(params)))
-    dropped = set()
-    for each in tests.values():
-        sizes, cases = (list(dict.fromkeys(row[column] for row in each)) for column in (1, 2))
-        if len(sizes) < 3 or len(cases) < MANY_CASES or len(each) < len(sizes) * len(cases):
-            continue
-        for item, size, case in each:
+        params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
+        if isinstance(item, pytest.Function) and params.pop("world_size", None) is not None:
+            tests[item.parent, item.originalname][repr(params)].append(item)
+    dropped: set[pytest.Item] = set()
+    for cases in tests.values():
+        for index, sizes in enumerate(cases.values()):
             # Not simply in turn, or one value of a parameter would always come with the same sizes.
-            turn = cases.index(case).bit_count()
-            if (sizes.index(size) + turn) % 2:
-                dropped.add(item)
+            turn = index + index.bit_count()
+            if len(cases) >= VERY_MANY_CASES and len(sizes) > 1:
+                dropped.update(sizes)
+                dropped.remove(sizes[turn % len(sizes)])
+            elif len(cases) >= MANY_CASES and len(sizes) > 2:
+                dropped.update(sizes[turn % 2 :: 2])
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
 
