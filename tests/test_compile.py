@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
@@ -432,8 +433,8 @@ def _check_various(name: str) -> None:
     dense.eval(), wrapped.eval()
     with events() as seen:
         train(dense, wrapped, steps=2)
-    gathers = name == "gathered" or dist.get_world_size() == 1  # else weights stay in shards
-    assert any("up.weight gather for backward" in event for event in seen) == gathers
+    # Graphs keep what they need of gathered weights.
+    assert not any("up.weight gather for backward" in event for event in seen)
     assert {site.fqn for site in wrapped.plan.sites or ()} == SITES
 
 
@@ -505,6 +506,63 @@ def _check_copies() -> None:
 
 def test_a_copy_has_its_own_weights_and_nothing_outlives_a_call() -> None:
     run_ranks(2, _check_copies)
+
+
+def _check_assigned_copies() -> None:
+    """What ``torch.compile(block)`` returned makes its copies in its own way."""
+    for copied in (deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+        dense, wrapped = pair(functools.partial(Model, blocks=1), before=compile_and_assign)
+        train(dense, copied(wrapped), steps=2)
+
+
+def test_copies_of_assigned_blocks_train() -> None:
+    run_ranks(2, _check_assigned_copies)
+
+
+def _check_nothing_pends() -> None:
+    """A gradient of the input alone computes those of weights, which nobody takes."""
+    _, wrapped = pair(before=compile_in_place)
+    x = part(0, dist.get_rank()).requires_grad_()
+    torch.autograd.grad(mean_square(wrapped(x)), x)
+    layers = [vars(each)["_layer"] for each in wrapped.modules() if "_layer" in vars(each)]
+    assert len(layers) == 3 * 3
+    assert not any(each._pending for each in layers)
+
+
+def test_gradients_that_nobody_takes_are_dropped() -> None:
+    run_ranks(2, _check_nothing_pends)
+
+
+class Rows(nn.Module):
+    """Whether its weight is needed for backward is a matter of how many rows it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(64, WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ids = torch.arange(x.shape[0], device=x.device) % 64
+        return x * torch.sin(self.table[ids])[:, None]
+
+
+def _check_gathered(samples: list[int]) -> list[str]:
+    """What this rank communicates in a step with so many samples."""
+    policy = ShardingPolicy(rules={"*": Gather()})
+
+    def partitioned(model: nn.Module) -> None:
+        compile_in_place(model, "aot_eager_decomp_partition")
+
+    _, wrapped = pair(functools.partial(Model, Rows, 1), before=partitioned, policy=policy)
+    x = torch.ones(samples[dist.get_rank()], 3, WIDTH, dtype=torch.float64, device=device())
+    with events() as seen:
+        mean_square(wrapped(x)).backward()
+    return seen
+
+
+def test_ranks_gather_the_same_whatever_their_graphs_save() -> None:
+    few, many = run_ranks(2, _check_gathered, [4, 512])
+    assert few == many
+    assert "blocks.0.table reduce-scatter" in few
 
 
 class Tokens(nn.Module):

@@ -45,12 +45,12 @@ class Adopted(nn.Module):
             if self._captured is None:
                 return _call_uncompiled(self, args, kwargs)
             return super().__call__(*args, **kwargs)
+        if self._compiled_call_impl is not None:
+            with _compiled_frame(self, self._adoption), Capture(self):
+                return super().__call__(*args, **kwargs)
         # Around hooks, too, and around a ``forward`` that was patched into the object.
         with Frame(self, self._adoption):
-            if self._compiled_call_impl is None:
-                return super().__call__(*args, **kwargs)
-            with Capture(self):
-                return super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._adoption is None:
@@ -129,8 +129,31 @@ class AdoptedOptimizedModule(Adopted):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._adoption is None or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        with Frame(self, self._adoption), Capture(self):
+        with _compiled_frame(self, self._adoption), Capture(self):
             return super().__call__(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class makes its copies of the module inside, not of a state."""
+        original = type(self).__bases__[1]
+        return _new_optimized, (original, self._orig_mod, self.dynamo_ctx, self._adoption)
+
+
+def _new_optimized(
+    original: Any, module: nn.Module, context: Any, adoption: Adoption | None
+) -> nn.Module:
+    new: nn.Module = original(module, context)
+    if adoption is not None:
+        adopt(new, adoption, AdoptedOptimizedModule)
+    return new
+
+
+def _compiled_frame(module: nn.Module, adoption: Adoption) -> Frame:
+    """Of a module that is entered by a graph, which keeps what is gathered for it.
+
+    Whether a graph needs a weight again depends on the sizes of a rank's batch: it must not depend
+    on that whether the rank gathers it again.
+    """
+    return Frame(module, adoption, regather=False)
 
 
 def is_optimized(module: nn.Module) -> bool:

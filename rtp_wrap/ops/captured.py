@@ -44,8 +44,8 @@ class CapturedLinear:
             self.number = torch.tensor(number, device="cpu")
         self.weight: DTensor | None = None
         self._order: Order | None = None
-        # The number of a backward, and what its operators found so far.
-        self._pending: tuple[int, DTensor] | None = None
+        # What the operators of a backward have found so far, by its number: they may be nested.
+        self._pending: dict[int, DTensor] = {}
         _layers[number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -55,6 +55,8 @@ class CapturedLinear:
     def inputs(self, weight: DTensor, order: Order) -> LinearInputs:
         """What one call of the layer is in a graph; made outside of it."""
         self.weight, self._order = weight, order
+        if torch._C._current_graph_task_id() == -1:
+            self._pending.clear()  # of backwards that raised
         token = token_of(_CapturedWeight(self, weight), self.ring)
         features = weight.shape[1 if self.transposed else 0]
         dtype = self.ring.precision.compute_dtype(weight.dtype)
@@ -70,18 +72,23 @@ class CapturedLinear:
     def put(self, gradient: DTensor) -> None:
         """Leave a gradient for the weight's node; of several uses in one backward their sum."""
         backward = torch._C._current_graph_task_id()  # no public call tells
-        # Nobody took the one of another backward: torch.autograd.grad() of an input alone, say.
-        if self._pending is not None and self._pending[0] == backward:
-            stream = self.ring.gradient_stream
+        if backward in self._pending:
+            before, stream = self._pending[backward], self.ring.gradient_stream
             with nullcontext() if stream is None else torch.cuda.stream(stream):
-                total = self._pending[1]._local_tensor + gradient._local_tensor
+                total = before._local_tensor + gradient._local_tensor
             gradient = dtensor_like(total, gradient)
-        self._pending = backward, gradient
+        elif backward != -1:
+
+            def drop() -> None:
+                """Nobody takes it in torch.autograd.grad() of an input alone, say."""
+                self._pending.pop(backward, None)
+
+            torch.autograd.Variable._execution_engine.queue_callback(drop)
+        self._pending[backward] = gradient
 
     def take(self) -> DTensor | None:
         """What was left, if the node of another call has not taken it together with its own."""
-        pending, self._pending = self._pending, None
-        return None if pending is None else pending[1]
+        return self._pending.pop(torch._C._current_graph_task_id(), None)
 
 
 class Order:
@@ -186,6 +193,8 @@ class _CapturedLinear(torch.autograd.Function):
     mutates_args={"order"},
     schema="(Tensor x, Tensor? bias, Tensor layer, Tensor(a!) order, SymInt features, "
     "ScalarType dtype) -> (Tensor, Tensor)",
+    # A replay would run none of the host's part: what follows streams, versions and other ranks.
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 def _forward(
     x: torch.Tensor,
@@ -225,6 +234,7 @@ def _(
     mutates_args={"order"},
     schema="(Tensor dy, Tensor? x, Tensor layer, Tensor versions, Tensor(a!) order, "
     "SymInt features, bool needs_dx) -> Tensor",
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 def _backward(
     dy: torch.Tensor,
