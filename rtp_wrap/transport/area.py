@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from rtp_wrap.transport.cells import ALIGNMENT
+from rtp_wrap.transport.cells import aligned
 
 #: Of how many cells is known where they lie, and events are kept. Whatever lay somewhere before
 #: those is treated as the oldest of them.
@@ -42,7 +42,7 @@ class Area:
             self._slot, self._used = (self._slot + 1) % self._slots, 0
         at = self._slot * self._slot_bytes + self._used
         end = at + nbytes
-        self._used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        self._used += aligned(nbytes)
         before = number - WINDOW
         for start, stop, other in self._cells:
             if start < end and at < stop and other > before:

@@ -22,6 +22,11 @@ ALIGNMENT = 16
 Copies = list[tuple[torch.Tensor, torch.Tensor]]
 
 
+def aligned(nbytes: int) -> int:
+    """The room that ``nbytes`` take, so that what follows them is aligned."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 class PeerError(RuntimeError):
     """Another rank did not come to a barrier."""
 
@@ -67,7 +72,7 @@ def cut(
 
 def staging_for(tile_bytes: int, world_size: int) -> int:
     """The least staging in which tiles of ``tile_bytes``, one per owner, are never cut."""
-    return _ALL * world_size * (-(-tile_bytes // ALIGNMENT) * ALIGNMENT)
+    return _ALL * world_size * aligned(tile_bytes)
 
 
 def cells_of(memory: PeerMemory, grid: TileGrid, dtype: torch.dtype) -> list[Cell]:
@@ -212,8 +217,8 @@ class _Places:
         # Whole shards, of rows, one after the other, are the weight itself.
         self._is_whole = grid.dim == 0 and grid.cell == grid.shard(0).shape
         if not self._is_whole:
-            self._stride = -(-self._stride // ALIGNMENT) * ALIGNMENT
-        self.nbytes = -(-ranks * self._stride // ALIGNMENT) * ALIGNMENT
+            self._stride = aligned(self._stride)
+        self.nbytes = aligned(ranks * self._stride)
         self.landing_nbytes = ranks * math.prod(self._own_shape) * dtype.itemsize
 
     def cell(self) -> Cell:
@@ -267,7 +272,7 @@ class _PublishedPlaces(_Places):
         addresses: torch.Tensor,
     ) -> None:
         super().__init__(memory, grid, offset, dtype)
-        self.nbytes = -(-self._stride // ALIGNMENT) * ALIGNMENT
+        self.nbytes = aligned(self._stride)
         self._addresses, self._row = addresses, offset[0]
 
     def weights(self, at: int) -> Weights:

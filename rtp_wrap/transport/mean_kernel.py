@@ -1,4 +1,4 @@
-"""The mean of parts in one pass: torch's takes twice as long, and a copy before it.
+"""The mean of parts in one pass: torch's needs a copy of the own part beside the others first.
 
 Needs Triton, which comes with torch's builds for CUDA. What is averaged here shares the GPU with
 matrix products, so that its time is theirs.
