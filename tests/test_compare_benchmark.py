@@ -25,6 +25,7 @@ import compare
 from harness import chart, flops, models, report, rounds, sent
 from harness.comparison import Comparison, Run
 from harness.crew import Crew, TrialError
+from harness.memory import Memory
 from harness.strategies import Setting
 from harness.trial import Outcome, Trial, run_trial
 from rtp_wrap.transport import wanted
@@ -86,6 +87,20 @@ def test_a_run_without_memory(tmp_path: Path) -> None:
     assert "| dp | out of memory | – |" in done.output
     assert "| rtp | out of memory | – |" in done.output
     assert len(json.loads((tmp_path / "report.json").read_text())["results"]["runs"]) == 2
+
+
+def fill_memory() -> None:
+    """Take all there is, down to the last few bytes, and keep it."""
+    taken: list[Any] = []
+    with Memory(torch.device("cpu"), 8):
+        while True:
+            taken.append([taken, len(taken)])
+
+
+def test_a_rank_without_memory_can_say_so() -> None:
+    with Crew(1, SECONDS) as crew, pytest.raises(TrialError) as failure:
+        crew.run(fill_memory)
+    assert failure.value.kind == "out of memory", failure.value
 
 
 @pytest.mark.parametrize(

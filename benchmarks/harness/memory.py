@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+import mmap
 import resource
 from pathlib import Path
 
@@ -20,19 +21,31 @@ from rtp_wrap import RotatedTensorParallel
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_SPARE = 4 * 2**20
 _RESET_PEAK = "5"  # proc(5): clear_refs
 
 
 class Memory:
-    """Counts from construction on; ``limit_mib``, if any, holds until ``release``."""
+    """Counts from construction on; ``limit_mib``, if any, holds until the end of the context."""
 
     def __init__(self, device: torch.device, limit_mib: float | None = None) -> None:
         self._device = device
         self._beside = 0
-        self.release()
+        #: Given up at the end, where there may be no memory left to lift the limit with.
+        self._spare = mmap.mmap(-1, _SPARE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._release()
         self._before = 0 if device.type == "cuda" else _status("VmRSS")
         self._limit = None if limit_mib is None else int(limit_mib * 2**20)
         self._enforce()
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self._spare.close()
+        self._lift()  # at once: to report an exception takes memory as well
+        if kind is None:
+            self._release()
 
     def restart(self) -> None:
         """Forget the peak so far."""
@@ -56,16 +69,20 @@ class Memory:
         grown = _status("VmHWM") - self._before
         return grown, grown
 
-    def release(self) -> None:
-        """Give back what is free and lift the limit."""
-        gc.collect()
+    def _lift(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction(1.0, self._device)
         else:
             hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
             resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+    def _release(self) -> None:
+        """Give back what is free."""
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+            torch.cuda.empty_cache()
+        else:
             ctypes.CDLL(None).malloc_trim(0)
         self.restart()
 

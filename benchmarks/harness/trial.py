@@ -77,10 +77,8 @@ def run_trial(trial: Trial) -> Outcome:
         # which it runs as it is.
         torch.compiler.reset()
     device = this_device()
-    memory = Memory(device, trial.memory_mib)
-    outcome = _train(trial, device, memory)
-    memory.release()
-    return outcome
+    with Memory(device, trial.memory_mib) as memory:
+        return _train(trial, device, memory)
 
 
 def _train(trial: Trial, device: torch.device, memory: Memory) -> Outcome:
