@@ -75,9 +75,6 @@ class _Gather(torch.autograd.Function):
         ring.begin(f"{ctx.fqn} reduce-scatter")
         with profiler_range("reduce-scatter", ctx.fqn):
             gradient = _reduce_scattered(grad, ctx.parameter, ring)
-        if ring.gradient_stream is not None:
-            # Autograd adds it up there, and would record that for a plain tensor alone.
-            gradient._local_tensor.record_stream(ring.gradient_stream)
         return gradient, None, None, None, None
 
 

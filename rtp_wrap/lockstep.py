@@ -1,9 +1,10 @@
 """Proof that all ranks run the same sites in the same order.
 
 Every rank keeps a digest of what it ran. Ranks compare digests on the host when it is cheap and
-before it matters: at wrapping, before an optimizer writes weights, and after an exception inside
-a rotation. Without it, a rank that left a step early (a caught exception, another branch) could
-pair its hops with those of other layers: the wrong tiles, and no error.
+before it matters: at wrapping, before an optimizer writes weights, at the end of a forward without
+gradients, and after an exception inside a rotation. Without it, a rank that left a step early (a
+caught exception, another branch) could pair its hops with those of other layers: the wrong tiles,
+and no error.
 """
 
 from __future__ import annotations
@@ -56,10 +57,16 @@ class Lockstep:
         self._history: deque[str] = deque(maxlen=HISTORY)
         self.digest = 0
 
-    def record(self, event: str) -> None:
+    def record(self, event: str, exchanges: int = 0) -> None:
+        """What this rank does now, and how many exchanges there were before it."""
         self._count += 1
-        self.digest = zlib.crc32(event.encode(), self.digest)
+        self.digest = zlib.crc32(f"{event} {exchanges}".encode(), self.digest)
         self._history.append(event)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether anything was recorded since ranks last compared."""
+        return bool(self._history)
 
     def verify(self, occasion: str, remedy: str = _TRAINING) -> None:
         """Compare with all ranks; they must all be at the same ``occasion``. Blocks the host.
@@ -113,5 +120,5 @@ def _difference(accounts: list[_Account]) -> str:
         if len(set(did)) > 1:
             break
     else:
-        did = [occasion for occasion, _, _ in accounts]
+        did = [f"{occasion}, after other exchanges" for occasion, _, _ in accounts]
     return ", ".join(f"rank {rank}: {what}" for rank, what in enumerate(did))

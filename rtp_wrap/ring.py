@@ -29,6 +29,10 @@ from rtp_wrap.transport import PeerTransport, PointToPoint, Staging, open_memory
 
 _rings: WeakValueDictionary[str, Ring] = WeakValueDictionary()
 _serial = itertools.count()
+_EVALUATION = (
+    "Every rank must run the same layers in the same order, in evaluation and generation as well; "
+    "what this forward returned is wrong"
+)
 #: Everything in the parameters' own dtypes.
 _AS_GIVEN = MixedPrecisionPolicy()
 
@@ -96,7 +100,9 @@ class Ring:
         self.staging_bytes = staging_bytes
         if transport == "peer" and staging_bytes:
             memory = open_memory(self.group, self.device, staging_bytes)
-            self.peers = PeerTransport(memory, staging_bytes, self.device, overlap=self.overlap)
+            self.peers = PeerTransport(
+                memory, staging_bytes, self.device, self.lockstep.verify, overlap=self.overlap
+            )
         else:
             self.staging = Staging(staging_bytes, self.device)
             self.transport = PointToPoint(self.group)
@@ -115,7 +121,7 @@ class Ring:
         if self._interrupted:
             self.lockstep.verify("the first communication after an exception inside a rotation")
             self._interrupted = False
-        self.lockstep.record(event)
+        self.lockstep.record(event, 0 if self.peers is None else self.peers.barriers)
         self.regathered = None
         if self.device.type == "cuda":
             self._follow_stream()
@@ -137,6 +143,11 @@ class Ring:
         if self.peers is not None:
             self.peers.end_pass()
 
+    def check_in_step(self) -> None:
+        """After an outermost forward: if no optimizer step will, compare what ranks did."""
+        if not torch.is_grad_enabled() and self.lockstep.has_news:
+            self.lockstep.verify("the end of a forward", _EVALUATION)
+
     def _follow_stream(self) -> None:
         """The staging is shared by all streams, so work that uses it must not overlap."""
         stream = torch.cuda.current_stream(self.device.index)
@@ -156,8 +167,32 @@ class Ring:
 
 
 def register(parameter: torch.Tensor, ring: Ring) -> None:
-    """Mark a parameter as one of the ring's, for the optimizers' hooks."""
+    """Mark a parameter as one of the ring's, for the optimizers' hooks.
+
+    And keep the memory of its gradients until the stream on which autograd adds them up is done
+    with it. Autograd does that itself for plain tensors, and would not for these, be they the
+    ring's or those of a penalty on the parameter in the user's loss.
+    """
     parameter._ring = ring.key  # type: ignore[attr-defined]
+    stream = ring.gradient_stream
+    if stream is not None and parameter.requires_grad:
+        hooks: dict[int, Any] = parameter._backward_hooks or {}
+        if not any(isinstance(hook, _Keeper) for hook in hooks.values()):
+            parameter.register_hook(_Keeper(stream))
+
+
+class _Keeper:
+    """A hook that leaves a gradient as it is, but for its memory."""
+
+    #: Copies and pickles of the parameter do without it, and need not warn of that.
+    __torch_unserializable__ = True
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+
+    def __call__(self, gradient: torch.Tensor) -> None:
+        if isinstance(gradient, DTensor):
+            gradient._local_tensor.record_stream(self._stream)
 
 
 def retire(parameter: torch.nn.Parameter, fqn: str) -> None:

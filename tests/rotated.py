@@ -48,9 +48,9 @@ def events() -> Iterator[list[str]]:
     seen: list[str] = []
     record = Lockstep.record
 
-    def recording(self: Lockstep, event: str) -> None:
+    def recording(self: Lockstep, event: str, exchanges: int = 0) -> None:
         seen.append(event)
-        record(self, event)
+        record(self, event, exchanges)
 
     with patch.object(Lockstep, "record", recording):
         yield seen

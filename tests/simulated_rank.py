@@ -103,7 +103,7 @@ class _Ring(Ring):
     def __init__(self, peers: PeerTransport) -> None:
         self.peers, self.device = peers, torch.device("cuda", 0)
         self.precision = MixedPrecisionPolicy()
-        self.lockstep: Any = SimpleNamespace(record=lambda event: None, verify=lambda when: None)
+        self.lockstep: Any = SimpleNamespace(record=lambda *event: None, verify=lambda when: None)
         self._interrupted, self._stream = False, None
 
 
@@ -116,7 +116,11 @@ class Rank:
         self.streams = Stream(machine), Stream(machine)
         machine.current = self.streams[0]
         self.peers = PeerTransport(
-            memory, world.staging_bytes, torch.device("cuda", 0), overlap=world.overlap
+            memory,
+            world.staging_bytes,
+            torch.device("cuda", 0),
+            lambda occasion: None,
+            overlap=world.overlap,
         )
         self._ring = _Ring(self.peers)
         weights = [_Weight(name, world, machine, self._rank) for name in world.shapes]

@@ -165,6 +165,46 @@ def test_ranks_of_different_rotations_get_an_error_that_names_their_layer(world_
         assert ("right forward" if rank == 1 else "left forward") in message
 
 
+def _branches_without_gradients(how: str) -> str:
+    """Of equal shapes, so that nothing but the comparison can tell."""
+    policy = ShardingPolicy(
+        rules={"*": Gather()} if how == "gather" else {}, replicate_below=0, transport="peer"
+    )
+    wrapped: Any = RotatedTensorParallel(Branching().to(device()), policy=policy)
+    x = torch.ones(2, 4, device=device())
+    with torch.inference_mode():
+        wrapped(x, left=True)
+        with pytest.raises(OutOfStepError) as told:
+            wrapped(x, left=dist.get_rank() != 1)
+    return str(told.value)
+
+
+@multi_world_sizes
+@pytest.mark.parametrize("how", ["pull", "gather"])
+def test_ranks_of_different_branches_in_evaluation_get_an_error_that_names_both_layers(
+    world_size: int, how: str
+) -> None:
+    for message in run_ranks(world_size, _branches_without_gradients, how):
+        first, second, *_ = message.split("rank 1")
+        assert "left" in first
+        assert "right" in second
+        assert "what this forward returned is wrong" in second
+
+
+def _alone(policy: dict[str, Any]) -> None:
+    """A model without communication may be evaluated by one rank."""
+    wrapped: Any = RotatedTensorParallel(Branching().to(device()), policy=policy)
+    if dist.get_rank() == 0:
+        with torch.no_grad():
+            wrapped(torch.ones(2, 4, device=device()), left=True)
+    dist.barrier()
+
+
+@multi_world_sizes
+def test_one_rank_alone_may_evaluate_what_is_replicated(world_size: int) -> None:
+    run_ranks(world_size, _alone, {"*": Replicate()})
+
+
 def _skipped_step() -> None:
     """A rank that does not step is noticed when the others have waited for it."""
     group = dist.new_group(timeout=timedelta(seconds=1))

@@ -11,6 +11,7 @@ import os
 import re
 import weakref
 from copy import deepcopy
+from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
 
@@ -132,12 +133,12 @@ class Ordered(nn.Module):
         return x
 
 
-def _ordered() -> tuple[Any, Any, torch.Tensor]:
+def _ordered(group: dist.ProcessGroup | None = None) -> tuple[Any, Any, torch.Tensor]:
     torch.manual_seed(0)
     dense = Ordered().to(device(), torch.float64)
     generator = torch.Generator().manual_seed(dist.get_rank())
     x = torch.randn(3, 12, dtype=torch.float64, generator=generator).to(device())
-    return dense, RotatedTensorParallel(deepcopy(dense), policy=_policy()), x
+    return dense, RotatedTensorParallel(deepcopy(dense), group, policy=_policy()), x
 
 
 def _order_changes() -> None:
@@ -169,6 +170,26 @@ def _written_in_between() -> None:
 @multi_world_sizes
 def test_a_layer_sees_its_weight_as_it_is(world_size: int) -> None:
     run_ranks(world_size, _written_in_between)
+
+
+def _written_by_one() -> str:
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    _, wrapped, x = _ordered(group)
+    with torch.no_grad():
+        for _ in range(2):
+            wrapped(x)
+        wrapped.written = 2 if dist.get_rank() == 0 else None
+        with pytest.raises(RuntimeError) as told:
+            wrapped(x)
+    dist.destroy_process_group(group)
+    return str(told.value)
+
+
+@multi_world_sizes
+def test_a_layer_that_one_rank_writes_when_it_was_fetched_is_an_error(world_size: int) -> None:
+    """No other rank would fetch it again, so that all that came later would be of other layers."""
+    first, *_ = run_ranks(world_size, _written_by_one)
+    assert "layers.2 forward, whose weight was written since it was fetched ahead" in first
 
 
 def _written_unseen() -> None:
@@ -207,19 +228,37 @@ def test_nothing_is_fetched_beyond_a_forward(world_size: int) -> None:
     assert run_ranks(world_size, _nothing_in_vain) == [[4, 4, 4, 4]] * world_size
 
 
+def _copies_in_turn() -> list[int]:
+    """How often ranks meet in each of some steps with a frozen copy as the reference."""
+    _, wrapped, x = _ordered()
+    reference, peers = deepcopy(wrapped), wrapped._ring.peers
+    met = []
+    for _ in range(4):
+        before = peers.barriers
+        with torch.no_grad():
+            reference(x)
+        wrapped(x).sum().backward()
+        met.append(peers.barriers - before)
+    return met
+
+
+@multi_world_sizes
+def test_nothing_is_fetched_in_vain_for_copies_in_turn(world_size: int) -> None:
+    """Once for each of four layers in each forward; dx of three, and the gradients of four."""
+    assert run_ranks(world_size, _copies_in_turn) == [[4 + 4 + 3 + 4] * 4] * world_size
+
+
 def _copies_come_and_go() -> int:
-    """How many weights of a copy are there after it was deleted, and the original went on."""
+    """How many weights of a copy are there after it was deleted."""
     _, wrapped, x = _ordered()
     wrapped(x).sum().backward()
     copy = deepcopy(wrapped)
-    with torch.no_grad():
-        copy(x)
-    weights = [weakref.ref(each) for each in copy.parameters()]
-    del copy
     for _ in range(2):
         wrapped(x).sum().backward()
         with torch.no_grad():
-            wrapped(x)
+            copy(x)
+    weights = [weakref.ref(each) for each in copy.parameters()]
+    del copy
     gc.collect()
     return sum(each() is not None for each in weights)
 

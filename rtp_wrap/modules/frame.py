@@ -84,6 +84,8 @@ class Frame:
         if kind is None:
             for each in gathered:
                 each.check_unwritten()
+            if self._outermost:
+                ring.check_in_step()
 
     def gathered(self, parameter: DTensor, fqn: str, dtype: torch.dtype) -> torch.Tensor:
         key = _key(parameter)

@@ -38,12 +38,13 @@ run apart by a millisecond and together again all the time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from rtp_wrap.shard import sharded_dim
 from rtp_wrap.transport.area import Area
@@ -71,12 +72,16 @@ from rtp_wrap.versions import versions_of
 #: something else comes than was expected.
 _TOGETHER = 4
 
+#: How a weight is visited: the event, the dtype of its tiles, and whether it is read.
+_Way = tuple[str, torch.dtype, bool]
+
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
     """A cell that comes, and how its visit is known."""
 
     visit: Visit
+    weight: DTensor
     index: int
     context: Context
 
@@ -96,26 +101,32 @@ class _Fetched:
     come: torch.cuda.Event | None
 
     def is_of(self, visit: Visit, index: int) -> bool:
-        """Whether it is this cell, as its weight is now."""
-        what = self.what
-        return (
-            what.visit.weight is visit.weight
-            and what.visit.cells is visit.cells
-            and what.index == index
-            and self.versions == versions_of(visit.weight)
-        )
+        return self.what.visit is visit and self.what.index == index
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether its weight was written since."""
+        return self.versions != versions_of(self.what.weight)
 
 
 class PeerTransport:
     """Publishes, pulls and averages, in ``staging_bytes`` of ``memory``.
 
-    ``overlap=False`` does all of it on the stream of the computation.
+    ``overlap=False`` does all of it on the stream of the computation. ``agree`` is called with what
+    all ranks must have seen, and raises where one of them has not.
     """
 
     def __init__(
-        self, memory: PeerMemory, staging_bytes: int, device: torch.device, *, overlap: bool
+        self,
+        memory: PeerMemory,
+        staging_bytes: int,
+        device: torch.device,
+        agree: Callable[[str], object],
+        *,
+        overlap: bool,
     ) -> None:
         self._memory = memory
+        self._agree = agree
         self._staging_bytes = staging_bytes
         self._device = device
         self._overlap = overlap
@@ -140,7 +151,7 @@ class PeerTransport:
         #: The backward whose end is waited for; -1 for none.
         self._backward = -1
         self._cells: dict[tuple[torch.Size, int, torch.dtype, bool], list[Cell]] = {}
-        self._visits: dict[str, Visit] = {}
+        self._visits: MutableMapping[DTensor, dict[_Way, Visit]] = WeakIdKeyDictionary()
         starts = [memory.of(owner).data_ptr() for owner in range(memory.world_size)]
         self._addresses = torch.tensor(starts, dtype=torch.int64, device=device)
         self._foresight = Foresight()
@@ -157,11 +168,14 @@ class PeerTransport:
 
         If it ``reads``, the weight is sharded along its rows.
         """
-        visit = self._visits.get(event)
-        if visit is None or visit.weight is not weight or visit.dtype != dtype:
-            # The place of the one before, which may be of a copy of the model that is gone.
+        way = event, dtype, reads
+        visits = self._visits.get(weight)
+        if visits is None:
+            visits = self._visits[weight] = {}
+        visit = visits.get(way)
+        if visit is None:
             cells = self._cells_of(weight.shape, sharded_dim(weight), dtype, reads)
-            self._visits[event] = visit = Visit(event, weight, dtype, cells, reads)
+            visits[way] = visit = Visit(event, weight, dtype, cells, reads)
         return visit
 
     def _cells_of(self, shape: torch.Size, dim: int, dtype: torch.dtype, reads: bool) -> list[Cell]:
@@ -216,19 +230,26 @@ class PeerTransport:
         self._ahead.clear()
         self._foresight.begin()
 
-    def pull(self, visit: Visit, index: int) -> Tiles:
+    def pull(self, visit: Visit, weight: DTensor, index: int) -> Tiles:
         """The tiles of a cell, valid until the next call; those after it are fetched as well."""
         begun = self._come_to(visit, index)
-        if begun or not self._ahead or not self._ahead[0].is_of(visit, index):
+        is_there = not begun and bool(self._ahead) and self._ahead[0].is_of(visit, index)
+        if is_there and self._ahead[0].is_outdated:
+            # If one rank alone fetched again, its barriers would meet others' next ones.
+            self._agree(f"{visit.event}, whose weight was written since it was fetched ahead")
+            is_there = False
+        if not is_there:
             self._drop()
-            self._fetch([_Expected(visit, index, self._foresight.context)])
+            self._fetch([_Expected(visit, weight, index, self._foresight.context)])
         now = self._ahead.popleft()
         if now.number != self._in_use:
             self._use(now)
             self._look_ahead(now)
         return now.tiles
 
-    def read(self, visit: Visit, index: int, read: Callable[[Published], None]) -> None:
+    def read(
+        self, visit: Visit, weight: DTensor, index: int, read: Callable[[Published], None]
+    ) -> None:
         """Have ``read`` take what it needs of the tiles of a cell, out of their owners' memories.
 
         It is called once, and reads on the stream of the computation. ``visit.reads``, so that its
@@ -236,7 +257,7 @@ class PeerTransport:
         """
         self._come_to(visit, index)
         self._drop()
-        self._fetch([_Expected(visit, index, self._foresight.context)])
+        self._fetch([_Expected(visit, weight, index, self._foresight.context)])
         now = self._ahead.popleft()
         self._use(now)
         assert isinstance(now.tiles, Published)
@@ -288,12 +309,12 @@ class PeerTransport:
         nbytes = 0
         while len(upcoming) < _TOGETHER:
             if last.index + 1 < len(last.visit.cells):
-                last = _Expected(last.visit, last.index + 1, last.context)
+                last = _Expected(last.visit, last.weight, last.index + 1, last.context)
             else:
                 visit = self._foresight.after(last.context)
-                if visit is None or visit.reads:
+                if visit is None or visit.reads or (weight := visit.weight) is None:
                     break
-                last = _Expected(visit, 0, (last.context[1], visit.event))
+                last = _Expected(visit, weight, 0, (last.context[1], visit))
             nbytes += last.cell.nbytes
             if nbytes > self._room:
                 break
@@ -316,11 +337,11 @@ class PeerTransport:
             weights = cell.weights(at)
             at += cell.nbytes
             if not cell.is_empty:
-                weights.published.copy_(cell.own_part(each.visit.weight._local_tensor))
+                weights.published.copy_(cell.own_part(each.weight._local_tensor))
             placed.append((each, weights))
         come = self._exchange(lane, [weights.pulls for _, weights in placed])
         for each, weights in placed:
-            versions = versions_of(each.visit.weight)
+            versions = versions_of(each.weight)
             self._ahead.append(_Fetched(each, number, versions, weights.consumed, come))
 
     def _exchange(
