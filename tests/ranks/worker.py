@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.distributed import TCPStore
 
-from tests.ranks.group import GROUP_TIMEOUT, join_group
+from tests.ranks.group import DEVICE_TYPE, GROUP_TIMEOUT, join_group
 from tests.ranks.outcome import Failure, Outcome
 from tests.ranks.task import execute
 
@@ -27,6 +27,9 @@ HOST = "127.0.0.1"
 #: What the server that processes are forked from has imported: what optimizers would import at
 #: their first step (torch._dynamo), and all of the library and the benchmarks.
 PRELOAD = ["hypothesis", "pytest", "torch._dynamo", "matplotlib.pyplot", "harness.language_model"]
+#: On CPUs ranks are a ring where tests do not say otherwise, but for this world size: most of what
+#: the two transports have in common is tested with either.
+PEERS = 3
 _STACKS_SIGNAL = signal.SIGUSR1
 _STACKS_TIME = 0.2
 _END_TIMEOUT = 10.0
@@ -107,6 +110,8 @@ def _join(seat: Seat) -> Outcome:
     torch.set_num_threads(1)
     if sys.platform == "linux":  # gloo would look up the host name, which need not resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if DEVICE_TYPE == "cpu" and seat.world_size == PEERS:
+        os.environ.setdefault("RTP_WRAP_TRANSPORT", "peer")
     try:
         store = TCPStore(HOST, seat.port, timeout=GROUP_TIMEOUT)
         join_group(store, seat.rank, seat.world_size, local_rank=seat.rank)
