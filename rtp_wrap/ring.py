@@ -23,6 +23,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from rtp_wrap.assigned import Storages
 from rtp_wrap.lockstep import Lockstep
 from rtp_wrap.policy import MixedPrecisionPolicy
 from rtp_wrap.transport import PeerTransport, PointToPoint, Staging, open_memory
@@ -85,6 +86,7 @@ class Ring:
         self.overlap = overlap
         self.lockstep = Lockstep(self.group)
         self.frames = Frames()
+        self.storages = Storages()
         # The weight last gathered for a backward: several saved views of it need one gather.
         self.regathered: tuple[DTensor, torch.Tensor] | None = None
         # While the first forward runs: the fqns of modules with managed parameters, as called.
@@ -223,8 +225,12 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 f"wrapping replaced its parameters ({parameter._retired} is one): build it "
                 f"afterwards, from the wrapped model's parameters()"
             )
-    keys = dict.fromkeys(parameter._ring for parameter in _our_parameters(optimizer))
-    for ring in [_rings[key] for key in keys if key in _rings]:
+    ours: dict[str, list[Any]] = {}
+    for parameter in _our_parameters(optimizer):
+        ours.setdefault(parameter._ring, []).append(parameter)
+    for ring, parameters in [(_rings[key], ours[key]) for key in ours if key in _rings]:
+        for parameter in parameters:
+            ring.storages.check(parameter)
         ring.lockstep.verify("an optimizer step")
 
 
