@@ -25,6 +25,7 @@ from rtp_wrap.transport import candidates, wanted
 from rtp_wrap.verify import (
     check_init_fn,
     check_module,
+    check_parameters,
     check_same_everywhere,
     check_uses,
     device_of,
@@ -126,6 +127,7 @@ class RotatedTensorParallel(nn.Module):
             assignments, transport = follow(module, plan), plan.transport
             inplace, precision = plan.inplace, plan.mixed_precision
         check_uses(assignments, mesh.size())
+        check_parameters(module, assignments)
         device = device_of(mesh, assignments)
         ring = Ring(mesh, device, overlap=not inplace, precision=precision)
         staging = f"staging of {(plan or rules).staging_bytes} bytes, transport={transport}"
