@@ -23,6 +23,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from rtp_wrap.anomaly import let_anomalies_be_detected
 from rtp_wrap.assigned import Storages
 from rtp_wrap.lockstep import Lockstep
 from rtp_wrap.policy import MixedPrecisionPolicy
@@ -96,6 +97,7 @@ class Ring:
         self._stream: torch.cuda.Stream | None = None
         _rings[self.key] = self
         _watch_optimizers()
+        let_anomalies_be_detected(mesh)
 
     def open(self, transport: str, staging_bytes: int) -> None:
         """Get memory for tiles, ``staging_bytes`` of it; all ranks call this together."""
