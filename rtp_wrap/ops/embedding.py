@@ -108,8 +108,7 @@ class _RotatedEmbedding(torch.autograd.Function):
         ctx.ring, ctx.fqn = ring, fqn
         ctx.padding_idx, ctx.scale_grad_by_freq = padding_idx, scale_grad_by_freq
         with without_autocast(ids.device.type):
-            y = _forward(ring, fqn, ids.reshape(-1), weight)
-        return y.view(*ids.shape, y.shape[-1])
+            return _forward(ring, fqn, ids, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
@@ -132,9 +131,10 @@ class _RotatedEmbedding(torch.autograd.Function):
 def _forward(ring: Ring, fqn: str, ids: torch.Tensor, weight: DTensor) -> torch.Tensor:
     rows, cols = weight.shape
     dtype = ring.precision.compute_dtype(weight.dtype)
-    y = torch.empty(len(ids), cols, dtype=dtype, device=ids.device)
-
-    lookup = Lookup(ids, y, rows, home_rows=len(weight._local_tensor))
+    # No view, which autograd would not let anybody change in place.
+    y = torch.empty(*ids.shape, cols, dtype=dtype, device=ids.device)
+    flat = y.view(ids.numel(), cols)
+    lookup = Lookup(ids.reshape(-1), flat, rows, home_rows=len(weight._local_tensor))
     rotate_forward(ring, fqn, weight, dtype, lookup.product, lookup.read)
     return y
 

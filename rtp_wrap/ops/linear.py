@@ -138,8 +138,7 @@ class _RotatedLinear(torch.autograd.Function):
         ctx.use, ctx.written = use, WriteCheck(weight, fqn, ring)
         ctx.ring, ctx.fqn, ctx.layout = ring, fqn, Layout(transposed, sizes)
         with without_autocast(xs[0].device.type):
-            ys = linear_forward(ring, fqn, ctx.layout, [flat(x) for x in xs], weight, bias)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for x, y in zip(xs, ys, strict=True))
+            return linear_forward(ring, fqn, ctx.layout, xs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[Any, ...]:
@@ -201,9 +200,14 @@ def linear_forward(
     xs: Sequence[torch.Tensor],
     weight: DTensor,
     bias: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    """``y`` of each section."""
-    ys = [x.new_empty(x.shape[0], size) for x, size in zip(xs, layout.sizes, strict=True)]
+) -> tuple[torch.Tensor, ...]:
+    """``y`` ``[..., O_s]`` of each section, of ``x`` ``[..., I]``.
+
+    They are no views, which autograd would not let anybody change in place.
+    """
+    wholes = [x.new_empty(*x.shape[:-1], size) for x, size in zip(xs, layout.sizes, strict=True)]
+    xs = [flat(x) for x in xs]
+    ys = [y.view(len(x), y.shape[-1]) for x, y in zip(xs, wholes, strict=True)]
     begun: set[tuple[int, int]] = set()  # (section, its output) from where a sum is there already
 
     def product(tile: Tile, values: torch.Tensor) -> None:
@@ -220,7 +224,7 @@ def linear_forward(
             begun.add((index, section.start))
 
     rotate_forward(ring, fqn, weight, xs[0].dtype, product)
-    return ys
+    return tuple(wholes)
 
 
 def linear_backward(
