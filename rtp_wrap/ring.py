@@ -85,8 +85,8 @@ class Ring:
         self.overlap = overlap
         self.lockstep = Lockstep(self.group)
         self.frames = Frames()
-        # The weight last gathered for a backward: several saved views of it need one gather.
-        self.regathered: tuple[DTensor, torch.Tensor] | None = None
+        #: Weights that were gathered for the backward of a module, by what asked for them.
+        self.regathered: tuple[object, dict[tuple[int, torch.dtype], torch.Tensor]] | None = None
         # While the first forward runs: the fqns of modules with managed parameters, as called.
         self.sites: list[str] | None = None
         self.key = f"{self.group.group_name}/{next(_serial)}"

@@ -119,7 +119,7 @@ class Frame:
             return
         disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
         if disabled is None and hooks_in_force() == self._around:
-            hooks = RegatherHooks(self._gathered, self._around)
+            hooks = RegatherHooks(self._adoption.ring, self._gathered, self._around)
             self._hooks = saved_tensors_hooks(hooks.pack, hooks.unpack)
             self._hooks.__enter__()
 
