@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from rtp_wrap.modules.adoption import Adoption
@@ -28,17 +29,22 @@ class Capture:
         self._before: list[tuple[nn.Module, Any]] = []
 
     def __enter__(self) -> None:
-        order = Order()
         try:
-            for module, adoption in _compilable(self._module):
-                sites = adoption.ring.sites
-                if sites is not None and adoption.strategies and module is not self._module:
-                    sites.append(adoption.fqn)  # no frame will tell when it is called
-                self._before.append((module, vars(module).get("_captured")))
-                vars(module)["_captured"] = module._capture(adoption, order)
+            # As parameters are, in whatever mode the module is called: it may enable gradients.
+            with torch.inference_mode(False), torch.enable_grad():
+                self._capture()
         except BaseException:
             self._restore()
             raise
+
+    def _capture(self) -> None:
+        order = Order()
+        for module, adoption in _compilable(self._module):
+            sites = adoption.ring.sites
+            if sites is not None and adoption.strategies and module is not self._module:
+                sites.append(adoption.fqn)  # no frame will tell when it is called
+            self._before.append((module, vars(module).get("_captured")))
+            vars(module)["_captured"] = module._capture(adoption, order)
 
     def __exit__(
         self,
