@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rtp_wrap.modules.adoption import Adoption
+from rtp_wrap.modules.misuse import check_nothing_recomputed
 from rtp_wrap.ops.captured import Order
 
 
@@ -22,13 +23,14 @@ class Capture:
     out: there the graph is interrupted, and they run as if nothing was compiled.
     """
 
-    __slots__ = ("_before", "_module")
+    __slots__ = ("_adoption", "_before", "_module")
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, adoption: Adoption) -> None:
+        self._module, self._adoption = module, adoption
         self._before: list[tuple[nn.Module, Any]] = []
 
     def __enter__(self) -> None:
+        check_nothing_recomputed(self._adoption.fqn, self._adoption.ring)
         try:
             # As parameters are, in whatever mode the module is called: it may enable gradients.
             with torch.inference_mode(False), torch.enable_grad():
