@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Callable
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -117,3 +120,49 @@ def _check_names() -> None:
 
 def test_plans_and_errors_name_what_is_compiled_as_the_model_does() -> None:
     run_ranks(2, _check_names)
+
+
+class Pausing:
+    """A backend whose graphs wait, in another thread than its own, until they may go on."""
+
+    def __init__(self) -> None:
+        self.paused, self.may_go_on = threading.Event(), threading.Event()
+        self._thread = threading.current_thread()
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if threading.current_thread() is not self._thread:
+                self.paused.set()
+                assert self.may_go_on.wait(LIMIT)
+            return graph(*args)
+
+        return run
+
+
+#: Seconds, of a wait that others end.
+LIMIT = 60.0
+
+
+def _check_threads() -> None:
+    pausing = Pausing()
+    in_place = functools.partial(compile_in_place, backend=pausing)
+    dense, wrapped = pair(functools.partial(Model, Repeating, 1), before=in_place)
+    x = part(0, dist.get_rank())
+    wrapped(x)
+    outputs = []
+    other = threading.Thread(target=lambda: outputs.append(wrapped(x)), daemon=True)
+    other.start()
+    assert pausing.paused.wait(LIMIT)
+    with pytest.raises(RuntimeError, match=r"^the model was called while another thread is in a"):
+        wrapped(x)
+    with pytest.raises(RuntimeError, match=r"^blocks.0 was called while another thread is in a"):
+        wrapped.blocks[0](x)
+    pausing.may_go_on.set()
+    other.join(LIMIT)
+    torch.testing.assert_close(outputs, [dense(x)])
+    assert all(vars(each).get("_captured") is None for each in wrapped.modules())
+    train(dense, wrapped, steps=1)
+
+
+def test_a_second_thread_in_a_forward_is_an_error_there() -> None:
+    run_ranks(2, _check_threads)
