@@ -55,6 +55,12 @@ class Enabling(nn.Module):
             return self.down(x * self.scale)
 
 
+def only_inferring(model: nn.Module, x: torch.Tensor) -> None:
+    with torch.inference_mode():
+        y = model(x)
+    assert not y.requires_grad
+
+
 def without_gradients(model: nn.Module, x: torch.Tensor) -> None:
     with torch.no_grad():
         y = model(x)
@@ -64,9 +70,10 @@ def without_gradients(model: nn.Module, x: torch.Tensor) -> None:
 def _check_enabling() -> None:
     policy = ShardingPolicy(rules={"*.scale": Gather()}, replicate_below=2 * WIDTH + 1)
     for compiles in (True, False):
-        dense, wrapped = pair(functools.partial(Model, Enabling, 2), policy=policy)
+        dense, wrapped = pair(functools.partial(Model, Enabling, 1), policy=policy)
         if compiles:
             compile_in_place(wrapped)
+            train(dense, wrapped, only_inferring, 1)
         for pass_ in (without_gradients, plain):
             train(dense, wrapped, pass_, 1, f"{pass_.__name__}, compiled={compiles}")
 

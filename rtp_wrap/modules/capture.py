@@ -32,8 +32,9 @@ class Capture:
     def __enter__(self) -> None:
         check_nothing_recomputed(self._adoption.fqn, self._adoption.ring)
         try:
-            # As parameters are, in whatever mode the module is called: it may enable gradients.
-            with torch.inference_mode(False), torch.enable_grad():
+            # As parameters are, also under no_grad: the module may enable gradients for itself.
+            # In inference mode nothing does, and a graph could not save what is made there.
+            with torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
                 self._capture()
         except BaseException:
             self._restore()
