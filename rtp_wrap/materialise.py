@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from rtp_wrap.assign import Assignment
 from rtp_wrap.modules.recurrent import is_recurrent
+from rtp_wrap.names import own_names
 from rtp_wrap.policy import Ignore
 
 ParamInitFn = Callable[[nn.Module], object]
@@ -60,7 +61,7 @@ def check_initialisable(
 def _on_meta(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that have own tensors on the meta device which no module before them has."""
     seen: set[int] = set()
-    for fqn, module in model.named_modules():
+    for fqn, module in own_names(model):
         new = {id(tensor) for tensor in _own(module).values() if tensor.is_meta} - seen
         seen |= new
         if new:

@@ -91,6 +91,7 @@ class Ring:
         self.sites: list[str] | None = None
         self.key = f"{self.group.group_name}/{next(_serial)}"
         self._interrupted = False
+        self._forward = threading.Lock()  # held while a forward runs
         self._stream: torch.cuda.Stream | None = None
         _rings[self.key] = self
         _watch_optimizers()
@@ -133,15 +134,24 @@ class Ring:
         if self.peers is not None:
             self.peers.settle()
 
-    def begin_forward(self) -> None:
-        """An outermost forward begins."""
+    def begin_forward(self, fqn: str) -> None:
+        """An outermost forward begins, that of ``fqn``; another one must not be under way."""
+        if not self._forward.acquire(blocking=False):
+            raise RuntimeError(
+                f"{fqn or 'the model'} was called while another thread is in a forward of the same "
+                f"wrapped model: the {self.world_size} ranks could not tell whose tiles are whose. "
+                f"Use the model in one thread at a time, from forward to backward"
+            )
         if self.peers is not None:
             self.peers.begin_forward()
 
     def end_forward(self) -> None:
         """An outermost forward is over."""
-        if self.peers is not None:
-            self.peers.end_pass()
+        try:
+            if self.peers is not None:
+                self.peers.end_pass()
+        finally:
+            self._forward.release()
 
     def check_in_step(self) -> None:
         """After an outermost forward: if no optimizer step will, compare what ranks did."""

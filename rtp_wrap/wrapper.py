@@ -17,6 +17,7 @@ from rtp_wrap.assign import Assignment, assign
 from rtp_wrap.home import settle_model
 from rtp_wrap.materialise import ParamInitFn, check_initialisable
 from rtp_wrap.modules import Adoption, adopt, form_of, has_own_statistics, precision_of
+from rtp_wrap.names import own_names
 from rtp_wrap.planner import Plan, check_given, follow, plan_of
 from rtp_wrap.policy import Ignore, MixedPrecisionPolicy, Rules, ShardingPolicy, Strategy
 from rtp_wrap.ring import Ring
@@ -234,7 +235,7 @@ def _adopt(module: nn.Module, assignments: list[Assignment], ring: Ring) -> None
         for use in each.uses:
             if not isinstance(use.strategy, Ignore):
                 strategies.setdefault(use.module, {})[use.name] = use.strategy
-    for fqn, inner in module.named_modules():
+    for fqn, inner in own_names(module):
         if any(each in strategies or has_own_statistics(each) for each in inner.modules()):
             precision = precision_of(inner, ring.precision)
             adoption = Adoption(ring, fqn, strategies.get(inner, {}), precision)

@@ -46,7 +46,7 @@ class Adopted(nn.Module):
                 return _call_uncompiled(self, args, kwargs)
             return super().__call__(*args, **kwargs)
         if self._compiled_call_impl is not None:
-            with _compiled_frame(self, self._adoption), Capture(self):
+            with _compiled_frame(self, self._adoption), Capture(self, self._adoption):
                 return super().__call__(*args, **kwargs)
         # Around hooks, too, and around a ``forward`` that was patched into the object.
         with Frame(self, self._adoption):
@@ -129,7 +129,7 @@ class AdoptedOptimizedModule(Adopted):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._adoption is None or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        with _compiled_frame(self, self._adoption), Capture(self):
+        with _compiled_frame(self, self._adoption), Capture(self, self._adoption):
             return super().__call__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

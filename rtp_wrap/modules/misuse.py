@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import config as partitioning
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.ring import Ring
@@ -65,3 +66,26 @@ def check_conversion(convert: Callable[[torch.Tensor], torch.Tensor], fqn: str, 
             f"{fqn or 'the model'} is sharded over {ring.world_size} ranks: its parameters have no "
             f"shared memory; share the tensors of a full state_dict() instead"
         )
+
+
+def check_nothing_recomputed(fqn: str, ring: Ring) -> None:
+    """Raise where a compiler may compute parts of a compiled module's forward again for backward.
+
+    It goes by the sizes of this rank's batch then, and other ranks have to exchange tiles with it.
+    """
+    if ring.world_size == 1:
+        return
+    if partitioning.activation_memory_budget < 1:
+        setting = f"activation_memory_budget = {partitioning.activation_memory_budget}"
+    elif partitioning.aggressive_recomputation:
+        setting = "aggressive_recomputation = True"
+    elif not partitioning.ban_recompute_not_in_allowlist:
+        setting = "ban_recompute_not_in_allowlist = False"
+    else:
+        return
+    raise RuntimeError(
+        f"{fqn or 'the model'} is compiled under torch._functorch.config.{setting}, with which the "
+        f"compiler chooses, by the sizes of each rank's batch, which layers it computes again for "
+        f"backward: the {ring.world_size} ranks might choose differently and wait for each other. "
+        f"Leave the setting as it was, and use torch.utils.checkpoint around the block or in it"
+    )
