@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.profiling import profiler_range
-from rtp_wrap.ring import Ring, resolve
+from rtp_wrap.ring import Ring
 from rtp_wrap.written import WriteCheck
 
 
@@ -34,7 +34,7 @@ def gather(parameter: DTensor, ring: Ring, fqn: str, dtype: torch.dtype) -> torc
             # Where rotated weights' gradients come from: a parameter that is both has one place.
             with torch.cuda.stream(ring.gradient_stream):
                 alias = parameter.view_as(parameter)
-        whole: torch.Tensor = _Gather.apply(alias, [parameter], ring.key, fqn, dtype)
+        whole: torch.Tensor = _Gather.apply(alias, [parameter], ring, fqn, dtype)
         return whole
     return _whole(parameter, ring, "gather", fqn, dtype)
 
@@ -56,14 +56,14 @@ class _Gather(torch.autograd.Function):
         ctx: Any,
         alias: DTensor,
         parameters: list[DTensor],
-        key: str,
+        ring: Ring,
         fqn: str,
         dtype: torch.dtype,
     ) -> torch.Tensor:
         (parameter,) = parameters  # in a list, where autograd does not look
-        ctx.ring, ctx.fqn, ctx.parameter, ctx.dtype = resolve(key), fqn, parameter, dtype
+        ctx.ring, ctx.fqn, ctx.parameter, ctx.dtype = ring, fqn, parameter, dtype
         ctx.written = WriteCheck(parameter, fqn, ctx.ring)
-        whole = _whole(parameter, ctx.ring, "gather", fqn, dtype)
+        whole = _whole(parameter, ring, "gather", fqn, dtype)
         # With one rank this is the home shard itself, which autograd must not mark as an output.
         return whole.detach()
 

@@ -1,7 +1,6 @@
 """A ring: the ranks that share a model, their staging and their transport.
 
-Modules and ops know a ring by its key, a string, resolved here as ``torch.distributed`` resolves
-the names of groups. So modules can be deep-copied, and ops can be captured.
+Copies of a model share it. It has a key, a string, by which pickles and parameters know it.
 """
 
 from __future__ import annotations

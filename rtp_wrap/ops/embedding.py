@@ -36,7 +36,7 @@ from rtp_wrap.ops.gradient import RotatingWeight, rotating
 from rtp_wrap.ops.lookup import Lookup
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import rotate_backward, rotate_forward, without_autocast
-from rtp_wrap.ring import Ring, resolve
+from rtp_wrap.ring import Ring
 from rtp_wrap.shard import Tile
 from rtp_wrap.written import WriteCheck
 
@@ -44,7 +44,7 @@ from rtp_wrap.written import WriteCheck
 def rotated_embedding(
     ids: torch.Tensor,
     weight: DTensor,
-    ring: str,
+    ring: Ring,
     fqn: str,
     *,
     padding_idx: int | None = None,
@@ -53,19 +53,18 @@ def rotated_embedding(
     """``weight[ids]`` for a weight whose shards stay at home and rotate as tiles.
 
     ``ids`` is int32 or int64 of any shape, this rank's own; ``weight`` a DTensor ``[V, D]``,
-    ``Shard(0)`` or ``Shard(1)`` over the ring; ``ring`` a ring's key; ``fqn`` names the layer in
-    errors. Row ``padding_idx``, counted from 0, gets no gradient. Returns ``[*ids.shape, D]``. All
-    ranks of the ring must call it together. The gradient of ``weight`` is averaged over ranks and
-    sharded like it.
+    ``Shard(0)`` or ``Shard(1)`` over the ring; ``fqn`` names the layer in errors. Row
+    ``padding_idx``, counted from 0, gets no gradient. Returns ``[*ids.shape, D]``. All ranks of the
+    ring must call it together. The gradient of ``weight`` is averaged over ranks and sharded like
+    it.
 
     Raises ``TypeError``, ``ValueError`` or ``IndexError`` for ids of another dtype, on another
     device or out of range, before any communication; on CUDA the range is asserted by the device.
     """
     _check(ids, weight, fqn)
-    owners = resolve(ring)
-    token, use = rotating(weight, owners)
+    token, use = rotating(weight, ring)
     y: torch.Tensor = _RotatedEmbedding.apply(
-        token, ids, use, owners, fqn, padding_idx, scale_grad_by_freq
+        token, ids, use, ring, fqn, padding_idx, scale_grad_by_freq
     )
     return y
 

@@ -38,7 +38,7 @@ from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.ops.gradient import RotatingWeight, rotating
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import in_layers_dtype, rotate_backward, rotate_forward, without_autocast
-from rtp_wrap.ring import Ring, resolve
+from rtp_wrap.ring import Ring
 from rtp_wrap.shard import Tile
 from rtp_wrap.written import WriteCheck
 
@@ -47,7 +47,7 @@ def rotated_linear(
     x: torch.Tensor,
     weight: DTensor,
     bias: torch.Tensor | None,
-    ring: str,
+    ring: Ring,
     fqn: str,
     *,
     transposed: bool = False,
@@ -56,9 +56,9 @@ def rotated_linear(
 
     ``x`` is ``[..., I]``, this rank's own; ``weight`` a DTensor ``[O, I]`` (``[I, O]`` if
     ``transposed``), ``Shard(0)`` or ``Shard(1)`` over the ring; ``bias`` a plain ``[O]`` or
-    ``None``; ``ring`` a ring's key; ``fqn`` names the layer in errors. Returns ``[..., O]`` in the
-    dtype of the GEMM. All ranks of the ring must call it together. The gradient of ``weight`` is
-    averaged over ranks and sharded like it; that of ``bias`` is this rank's own.
+    ``None``; ``fqn`` names the layer in errors. Returns ``[..., O]`` in the dtype of the GEMM. All
+    ranks of the ring must call it together. The gradient of ``weight`` is averaged over ranks and
+    sharded like it; that of ``bias`` is this rank's own.
 
     Raises ``ValueError`` or ``TypeError`` for shapes or dtypes that do not match, before any
     communication.
@@ -74,7 +74,7 @@ def rotated_projections(
     sizes: Sequence[int],
     weight: DTensor,
     bias: torch.Tensor | None,
-    ring: str,
+    ring: Ring,
     fqn: str,
 ) -> tuple[torch.Tensor, ...]:
     """``xs[s] @ weight[section s]^T + bias[section s]`` for each section, in one rotation.
@@ -91,13 +91,12 @@ def _rotated(
     sizes: Sequence[int],
     weight: DTensor,
     bias: torch.Tensor | None,
-    key: str,
+    ring: Ring,
     fqn: str,
     transposed: bool,
 ) -> tuple[torch.Tensor, ...]:
     for x in xs:
         check_features(fqn, x, weight, transposed)
-    ring = resolve(key)
     xs = in_layers_dtype(ring, fqn, weight, xs)
     bias = None if bias is None else bias.to(xs[0].dtype)
     token, use = rotating(weight, ring)
