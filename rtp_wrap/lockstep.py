@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import zlib
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -88,6 +90,23 @@ class Lockstep:
             ) from error
         self._give_up()
         raise OutOfStepError(f"ranks are out of step ({_difference(accounts)}). {remedy}")
+
+    @contextmanager
+    def together(self, part: str, remedy: str) -> Iterator[None]:
+        """A block that no rank leaves alone, for what may raise on one of them.
+
+        A rank that has an exception raises that, whatever the others do. The others get an
+        ``OutOfStepError`` that quotes it where they compare next, at the latest behind the block.
+        """
+        try:
+            yield
+        except OutOfStepError:
+            raise  # all ranks have it
+        except Exception as error:
+            with suppress(OutOfStepError):
+                self.verify(f"{part}: {type(error).__name__}: {error}", remedy)
+            raise
+        self.verify(f"the end of {part}", remedy)
 
     def _give_up(self) -> None:
         """From here on ranks are out of step, even if they happen to do the same again."""

@@ -54,7 +54,8 @@ class Ring:
     """The ranks of a 1-D ``mesh`` as a ring.
 
     ``overlap=False`` makes hops take turns with the computation: less staging, no concurrency.
-    ``precision`` holds for every site of the wrapped model. Tiles can move once it was ``open``ed.
+    ``precision`` holds for every site of the wrapped model. ``lockstep`` is that of the same ranks,
+    if they have one already. Tiles can move once the ring was ``open``ed.
     """
 
     #: How tiles move: as hops from rank to rank through ``staging``, or pulled by ``peers``.
@@ -71,6 +72,7 @@ class Ring:
         *,
         overlap: bool,
         precision: MixedPrecisionPolicy = _AS_GIVEN,
+        lockstep: Lockstep | None = None,
     ) -> None:
         self.mesh = mesh
         self.precision = precision
@@ -79,7 +81,7 @@ class Ring:
         self.world_size = self.group.size()
         self.device = device
         self.overlap = overlap
-        self.lockstep = Lockstep(self.group)
+        self.lockstep = Lockstep(self.group) if lockstep is None else lockstep
         self.frames = Frames()
         # The weight last gathered for a backward: several saved views of it need one gather.
         self.regathered: tuple[DTensor, torch.Tensor] | None = None

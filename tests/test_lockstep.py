@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -19,8 +22,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rtp_wrap import Gather, OutOfStepError, Replicate, RotatedTensorParallel, ShardingPolicy
+from rtp_wrap import (
+    Gather,
+    OutOfStepError,
+    Replicate,
+    RotatedTensorParallel,
+    ShardingPolicy,
+    wrapper,
+)
 from rtp_wrap.lockstep import HISTORY, Lockstep
+from tests.parity import compare_gradients
 from tests.ranks import DEVICE_TYPE, all_world_sizes, device, multi_world_sizes, run_ranks
 
 ROTATE = ShardingPolicy(replicate_below=0)
@@ -182,6 +193,70 @@ def _skipped_step() -> None:
 @multi_world_sizes
 def test_an_optimizer_step_that_one_rank_skips_is_an_error_on_the_others(world_size: int) -> None:
     run_ranks(world_size, _skipped_step)
+
+
+def _fail(*_: Any) -> None:
+    raise ZeroDivisionError("a mistake")
+
+
+def _initialise(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        nn.init.ones_(parameter)
+
+
+def _initialise_but_the_second(module: nn.Module) -> None:
+    if module.out_features == 3:  # type: ignore[comparison-overlap]
+        _fail()
+    _initialise(module)
+
+
+def _small(where: torch.device | str) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8, device=where), nn.Linear(8, 3, device=where))
+
+
+def _wrap_wrongly(mistake: str) -> None:
+    """On every rank, but only the last one makes the mistake."""
+    mistaken = dist.get_rank() == dist.get_world_size() - 1
+    model = _small("meta" if mistake == "initialisation" else device())
+    before = {fqn: (p, type(p)) for fqn, p in model.named_parameters()}
+    argument: Any = model
+    options: dict[str, Any] = {"policy": ROTATE}
+    if mistake == "module":
+        argument = "model" if mistaken else model
+    elif mistake == "policy" and mistaken:
+        options["policy"] = {"nowhere": Replicate()}
+    elif mistake == "initialisation":
+        options["param_init_fn"] = _initialise_but_the_second if mistaken else _initialise
+    broken = {"planning": "plan_of", "adoption": "adopt"}.get(mistake) if mistaken else None
+    patched = patch.object(wrapper, broken, _fail) if broken else nullcontext()
+    own, text = {
+        "module": (TypeError, "wraps an nn.Module, not str"),
+        "policy": (ValueError, "'nowhere' chose no parameter"),
+        "initialisation": (RuntimeError, "ZeroDivisionError: a mistake"),
+    }.get(mistake, (ZeroDivisionError, "a mistake"))
+    last = dist.get_world_size() - 1
+    quoted = rf"rank {last}: \(.*: {own.__name__}: .*{text}"
+    with patched, pytest.raises(own if mistaken else OutOfStepError) as caught:
+        RotatedTensorParallel(argument, **options)
+    assert re.search(text if mistaken else quoted, str(caught.value))
+    if mistake not in ("initialisation", "adoption"):  # those come behind the first changes
+        assert {fqn: (p, type(p)) for fqn, p in model.named_parameters()} == before
+    # And the group is as good as before.
+    torch.manual_seed(0)
+    dense = _small(device())
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=ROTATE)
+    x = torch.ones(2, 4, device=device())
+    for net in (dense, wrapped):
+        net(x).square().sum().backward()
+    compare_gradients(dense, wrapped, {"rtol": 1e-5, "atol": 1e-5})
+
+
+@multi_world_sizes
+@pytest.mark.parametrize("mistake", ["module", "policy", "planning", "initialisation", "adoption"])
+def test_a_mistake_of_one_rank_in_wrapping_is_an_error_of_all_at_once(
+    world_size: int, mistake: str
+) -> None:
+    run_ranks(world_size, _wrap_wrongly, mistake, timeout=30)  # the group's own is 60
 
 
 #: Many short lives of two ranks, each of which ends right behind a comparison, while Gloo's threads
