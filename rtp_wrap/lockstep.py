@@ -1,9 +1,10 @@
 """Proof that all ranks run the same sites in the same order.
 
 Every rank keeps a digest of what it ran. Ranks compare digests on the host when it is cheap and
-before it matters: at wrapping, before an optimizer writes weights, and after an exception inside
-a rotation. Without it, a rank that left a step early (a caught exception, another branch) could
-pair its hops with those of other layers: the wrong tiles, and no error.
+before it matters: at wrapping, before gradients of replicated parameters are averaged, before an
+optimizer writes weights, and after an exception inside a rotation. Without it, a rank that left a
+step early (a caught exception, another branch) could pair its hops with those of other layers: the
+wrong tiles, and no error.
 """
 
 from __future__ import annotations

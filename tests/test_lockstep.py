@@ -128,20 +128,20 @@ def test_comparisons_are_on_the_host_whatever_the_default_device_is(world_size: 
 
 
 class Branching(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, right: int = 4) -> None:
         super().__init__()
         self.left = nn.Linear(4, 4, bias=False)
-        self.right = nn.Linear(4, 4, bias=False)
+        self.right = nn.Linear(4, right, bias=False)
 
     def forward(self, x: torch.Tensor, left: bool) -> torch.Tensor:
         return self.left(x) if left else self.right(x)
 
 
-def _branches(how: str) -> str:
+def _branches(how: str, right: int = 4) -> str:
     policy = {"*": Replicate()} if how == "replicate" else {"*": Gather()}
     group = dist.new_group(timeout=timedelta(seconds=2))
     wrapped = RotatedTensorParallel(
-        Branching().to(device()), group, policy=ROTATE if how == "rotate" else policy
+        Branching(right).to(device()), group, policy=ROTATE if how == "rotate" else policy
     )
     before = deepcopy([p._local_tensor for p in wrapped.parameters()])  # type: ignore[attr-defined]
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
@@ -159,14 +159,56 @@ def _branches(how: str) -> str:
 
 
 @multi_world_sizes
-@pytest.mark.parametrize("how", ["replicate", "gather"])
-def test_ranks_of_different_branches_get_an_error_at_the_optimizer_that_names_both_layers(
-    world_size: int, how: str
+@pytest.mark.parametrize(("how", "right"), [("replicate", 4), ("replicate", 400), ("gather", 4)])
+def test_ranks_of_different_branches_get_an_error_before_the_optimizer_that_names_both_layers(
+    world_size: int, how: str, right: int
 ) -> None:
-    for message in run_ranks(world_size, _branches, how):
+    for message in run_ranks(world_size, _branches, how, right):
         assert message.startswith("OutOfStepError: ranks are out of step (rank 0: ")
         assert "left.weight" in message.split("rank 1")[0]
         assert "right.weight" in message.split("rank 1")[1].split("rank 2")[0]
+
+
+class Shifted(nn.Module):
+    """Two replicated parameters behind a frozen layer, both in use or neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4, bias=False).requires_grad_(False)
+        self.shift, self.scale = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor, shifted: bool) -> torch.Tensor:
+        y = self.layer(x)
+        return y * self.scale + self.shift if shifted else y
+
+
+def _nothing_to_average(more: int) -> str:
+    """The last rank has no gradients in the first of ``more`` + 1 backwards."""
+    group = dist.new_group(timeout=timedelta(seconds=20))
+    wrapped = RotatedTensorParallel(Shifted().to(device()), group)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
+    x = torch.ones(2, 4, device=device(), requires_grad=True)
+    message = ""
+    try:
+        for backward in range(more + 1):
+            without = backward == 0 and dist.get_rank() == dist.get_world_size() - 1
+            wrapped(x, shifted=not without).sum().backward()
+        optimizer.step()
+    except OutOfStepError as error:
+        message = str(error)
+    dist.destroy_process_group(group)
+    return message
+
+
+@multi_world_sizes
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_rank_without_gradients_to_average_is_found_where_it_compares_next(
+    world_size: int, more: int
+) -> None:
+    last = world_size - 1
+    for message in run_ranks(world_size, _nothing_to_average, more, timeout=15):
+        assert "rank 0: average of 2 gradients, shift and on [0, 1]" in message
+        assert f"rank {last}: " in message
 
 
 @pytest.mark.skipif(DEVICE_TYPE == "cuda", reason="NCCL ends a process that waits too long")
