@@ -108,7 +108,7 @@ def settle_model(
             parameters.setdefault(each.uses[0].module, []).append(index)
     buffers = _buffers(module)
     for fqn, inner in own_names(module):
-        values = materialise(fqn, inner, ring.device, param_init_fn)
+        values = materialise(fqn, inner, ring, param_init_fn)
         for index in parameters.get(inner, ()):
             assignments[index] = _settled(assignments[index], ring, values)
         for places in buffers.get(inner, ()):

@@ -34,8 +34,8 @@ from rtp_wrap.shard import local_shape
 from rtp_wrap.sites import Pair, Site, outside_uses_of, pairs_of, sites_of
 from rtp_wrap.trace import capture
 from rtp_wrap.traffic import Network, Traffic
-from rtp_wrap.transport import Staging, likely, wanted
-from rtp_wrap.transport.cells import staging_for
+from rtp_wrap.transport import likely, wanted
+from rtp_wrap.transport.room import staging_for, tile_itemsize
 from rtp_wrap.verify import check_module, check_uses
 
 #: Default staging of the ring, bytes per rank: two tiles of 64 MiB in forward, four of 32 MiB in
@@ -397,9 +397,9 @@ def _staging_bytes(
     largest = 0
     for each in parameters:
         if isinstance(each.home, Rotate) and world_size > 1:
-            itemsize = _widest(each, precision, transport)
+            itemsize = tile_itemsize(each.dtype, precision, transport)
             kernel = math.prod(each.shape[2:])
-            needed = _staging_for(kernel * itemsize, world_size, transport)
+            needed = staging_for(kernel * itemsize, world_size, transport)
             if needed > limit:
                 raise ValueError(
                     f"{each.fqn} of shape {each.shape} is cut into tiles of no less than one "
@@ -407,22 +407,7 @@ def _staging_bytes(
                     f"the policy has {limit}. Raise it, or Gather() this layer"
                 )
             largest = max(largest, math.prod(each.shard_shape(world_size)) * itemsize)
-    return min(limit, _staging_for(largest, world_size, transport)) if largest else 0
-
-
-def _widest(each: PlannedParameter, precision: MixedPrecisionPolicy, transport: str) -> int:
-    """Bytes of an element in staging: peers sum what is pulled, a ring what travels."""
-    compute = precision.compute_dtype(each.dtype)
-    if transport == "peer":
-        return compute.itemsize
-    return max(compute.itemsize, precision.accumulator_dtype(each.dtype).itemsize)
-
-
-def _staging_for(tile_bytes: int, world_size: int, transport: str) -> int:
-    """The least staging in which tiles of this size are never cut."""
-    if transport == "peer":
-        return staging_for(tile_bytes, world_size)
-    return Staging.size_for(tile_bytes)
+    return min(limit, staging_for(largest, world_size, transport)) if largest else 0
 
 
 def _plain(value: Any) -> Any:

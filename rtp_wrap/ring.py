@@ -57,7 +57,8 @@ class Ring:
     """The ranks of a 1-D ``mesh`` as a ring.
 
     ``overlap=False`` makes hops take turns with the computation: less staging, no concurrency.
-    ``precision`` holds for every site of the wrapped model. Tiles can move once it was ``open``ed.
+    ``precision`` holds for every site of the wrapped model. ``lockstep`` is that of the same ranks,
+    if they have one already. Tiles can move once the ring was ``open``ed.
     """
 
     #: How tiles move: as hops from rank to rank through ``staging``, or pulled by ``peers``.
@@ -74,6 +75,7 @@ class Ring:
         *,
         overlap: bool,
         precision: MixedPrecisionPolicy = _AS_GIVEN,
+        lockstep: Lockstep | None = None,
     ) -> None:
         self.mesh = mesh
         self.precision = precision
@@ -82,7 +84,7 @@ class Ring:
         self.world_size = self.group.size()
         self.device = device
         self.overlap = overlap
-        self.lockstep = Lockstep(self.group)
+        self.lockstep = Lockstep(self.group) if lockstep is None else lockstep
         self.frames = Frames()
         #: Weights that were gathered for the backward of a module, by what asked for them.
         self.regathered: tuple[object, dict[tuple[int, torch.dtype], torch.Tensor]] | None = None

@@ -22,7 +22,12 @@ from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.capture import Capture
 from rtp_wrap.modules.frame import Frame, read
 from rtp_wrap.modules.loading import own_part
-from rtp_wrap.modules.misuse import check_conversion, check_new_module, check_new_parameter
+from rtp_wrap.modules.misuse import (
+    check_conversion,
+    check_new_module,
+    check_new_parameter,
+    check_room,
+)
 from rtp_wrap.ops.captured import Order
 from rtp_wrap.policy import Rotate
 
@@ -87,22 +92,28 @@ class Adopted(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         if self._adoption is not None:
-            check_conversion(fn, self._adoption.fqn, self._adoption.ring)
+            check_conversion(fn, self, self._adoption.fqn, self._adoption.ring)
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *arguments: Any
     ) -> None:
         """Of whole tensors (a dense model's checkpoint) every rank loads its own part."""
-        adoption = self._adoption
-        for name in adoption.strategies if adoption else ():
-            parameter, whole = self._parameters.get(name), state_dict.get(prefix + name)
-            is_whole = isinstance(whole, torch.Tensor) and not isinstance(whole, DTensor)
-            if not (adoption and is_whole and isinstance(parameter, DTensor)):
-                continue
-            if whole.shape == parameter.shape:  # torch has an error for others
-                state_dict[prefix + name] = own_part(whole, parameter, adoption.ring)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        adoption, assigned = self._adoption, local_metadata.get("assign_to_params_buffers", False)
+        for name, strategy in adoption.strategies.items() if adoption else ():
+            parameter, value = self._parameters.get(name), state_dict.get(prefix + name)
+            if not (
+                adoption
+                and isinstance(parameter, DTensor)
+                and isinstance(value, torch.Tensor)
+                and value.shape == parameter.shape
+            ):
+                continue  # torch has an error for other shapes
+            if assigned and isinstance(strategy, Rotate):  # else it is cast
+                check_room(parameter.shape, value.dtype, adoption.name(name), adoption.ring)
+            if not isinstance(value, DTensor):
+                state_dict[prefix + name] = own_part(value, parameter, adoption.ring)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the original class: the adopted one is made, not importable."""

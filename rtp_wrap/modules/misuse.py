@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,9 @@ from torch import nn
 from torch._functorch import config as partitioning
 from torch.distributed.tensor import DTensor
 
+from rtp_wrap.policy import Rotate
 from rtp_wrap.ring import Ring
+from rtp_wrap.transport.room import staging_for, tile_itemsize
 
 
 def check_in_place(parameter: Any, fqn: str) -> DTensor:
@@ -50,8 +53,14 @@ def check_new_module(module: nn.Module, fqn: str, ring: Ring) -> None:
             )
 
 
-def check_conversion(convert: Callable[[torch.Tensor], torch.Tensor], fqn: str, ring: Ring) -> None:
-    """Raise for what home shards do not survive: ``.to()`` elsewhere, ``share_memory()``."""
+def check_conversion(
+    convert: Callable[[torch.Tensor], torch.Tensor], module: nn.Module, fqn: str, ring: Ring
+) -> None:
+    """Raise for what home shards do not survive: ``.to()`` elsewhere, ``share_memory()``.
+
+    Or their tiles: a dtype in which they do not fit the staging. Of everything at and below
+    ``module``, as some of it would be converted already when the others are asked.
+    """
     probe = torch.empty(1, device=ring.device)
     converted = convert(probe)
     where = converted.device
@@ -65,6 +74,31 @@ def check_conversion(convert: Callable[[torch.Tensor], torch.Tensor], fqn: str, 
         raise RuntimeError(
             f"{fqn or 'the model'} is sharded over {ring.world_size} ranks: its parameters have no "
             f"shared memory; share the tensors of a full state_dict() instead"
+        )
+    for each in module.modules():
+        adoption = vars(each).get("_adoption")
+        for name, strategy in adoption.strategies.items() if adoption else ():
+            weight = each._parameters.get(name)
+            if isinstance(strategy, Rotate) and isinstance(weight, DTensor):
+                dtype = convert(torch.empty(1, dtype=weight.dtype, device=ring.device)).dtype
+                check_room(weight.shape, dtype, adoption.name(name), ring)
+
+
+def check_room(shape: torch.Size, dtype: torch.dtype, fqn: str, ring: Ring) -> None:
+    """Raise if no tile of a rotated weight of ``shape`` would fit the staging in ``dtype``.
+
+    The staging was sized for the dtypes at wrapping, and ranks have it together.
+    """
+    if ring.world_size == 1:
+        return
+    transport = "ring" if ring.peers is None else "peer"
+    tile = math.prod(shape[2:]) * tile_itemsize(dtype, ring.precision, transport)
+    needed = staging_for(tile, ring.world_size, transport)
+    if needed > ring.staging_bytes:
+        raise RuntimeError(
+            f"{fqn} cannot become {dtype}: its smallest tile, one kernel, would have {tile} bytes "
+            f"and need a staging of {needed}, but wrapping made one of {ring.staging_bytes}, for "
+            f"the dtypes of then. Convert the model before it is wrapped"
         )
 
 
