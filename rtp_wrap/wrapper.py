@@ -19,7 +19,8 @@ from rtp_wrap.lockstep import Lockstep
 from rtp_wrap.materialise import BUILD_ANEW, ParamInitFn, check_initialisable
 from rtp_wrap.modules import Adoption, adopt, form_of, has_own_statistics, precision_of
 from rtp_wrap.names import own_names
-from rtp_wrap.planner import Plan, check_given, follow, plan_of
+from rtp_wrap.planned import Plan
+from rtp_wrap.planner import check_given, follow, plan_of
 from rtp_wrap.policy import Ignore, MixedPrecisionPolicy, Rules, ShardingPolicy, Strategy
 from rtp_wrap.ring import Ring
 from rtp_wrap.sites import Site
