@@ -22,6 +22,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from rtp_wrap.assigned import Storages
 from rtp_wrap.lockstep import Lockstep
 from rtp_wrap.policy import MixedPrecisionPolicy
 from rtp_wrap.transport import PeerTransport, PointToPoint, Staging, open_memory
@@ -86,6 +87,7 @@ class Ring:
         self.overlap = overlap
         self.lockstep = Lockstep(self.group) if lockstep is None else lockstep
         self.frames = Frames()
+        self.storages = Storages()
         #: Weights that were gathered for the backward of a module, by what asked for them.
         self.regathered: tuple[object, dict[tuple[int, torch.dtype], torch.Tensor]] | None = None
         # While the first forward runs: the fqns of modules with managed parameters, as called.
@@ -234,8 +236,12 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 f"wrapping replaced its parameters ({parameter._retired} is one): build it "
                 f"afterwards, from the wrapped model's parameters()"
             )
-    keys = dict.fromkeys(parameter._ring for parameter in _our_parameters(optimizer))
-    for ring in [_rings[key] for key in keys if key in _rings]:
+    ours: dict[str, list[Any]] = {}
+    for parameter in _our_parameters(optimizer):
+        ours.setdefault(parameter._ring, []).append(parameter)
+    for ring, parameters in [(_rings[key], ours[key]) for key in ours if key in _rings]:
+        for parameter in parameters:
+            ring.storages.check(parameter)
         ring.lockstep.verify("an optimizer step")
 
 

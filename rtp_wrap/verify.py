@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -59,6 +61,64 @@ def check_uses(assignments: list[Assignment], world_size: int) -> None:
                 )
             if world_size > 1 and use.name == "weight":
                 refuse_max_norm(use.module, use.fqn)
+
+
+def check_parameters(module: nn.Module, assignments: list[Assignment]) -> None:
+    """Raise ``ValueError`` for what would stay behind with the parameters that wrapping replaces.
+
+    That is hooks, gradients, and references that are no registered names of the parameters.
+    """
+    managed = {each.parameter: each.fqn for each in assignments if each.home != Ignore()}
+    for parameter, fqn in managed.items():
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            raise ValueError(
+                f"{fqn} has hooks, which wrapping would lose: call register_hook and "
+                f"register_post_accumulate_grad_hook after wrapping, on the wrapped model's "
+                f"parameters, whose gradients are DTensors of 1/N"
+            )
+        if parameter.grad is not None:
+            raise ValueError(
+                f"{fqn} has a gradient, which wrapping would lose: take the optimizer step, and "
+                f"call zero_grad(), before wrapping"
+            )
+    registered, seen = set(module.modules()), set[int]()
+    for fqn, inner in module.named_modules():
+        for name, value in vars(inner).items():
+            # An adopted recurrent layer reads its list through the parameters.
+            if name == "_parameters" or (isinstance(inner, nn.RNNBase) and name == "_flat_weights"):
+                continue
+            where = f"{fqn}.{name}" if fqn else name
+            for path, tensor in _held(value, where, registered, seen, _DEPTH):
+                if isinstance(tensor, nn.Parameter) and tensor in managed:
+                    raise ValueError(
+                        f"{path} is the parameter {managed[tensor]} once more, in a place where "
+                        f"wrapping does not replace it: what is read there would never train. Read "
+                        f"the parameter's own name in the forward, or keep it in an "
+                        f"nn.ParameterList or nn.ParameterDict (modules: in an nn.ModuleList)"
+                    )
+
+
+#: How deep in lists, tuples, dicts and sets parameters are looked for.
+_DEPTH = 4
+
+
+def _held(
+    value: object, path: str, registered: set[nn.Module], seen: set[int], depth: int
+) -> Iterator[tuple[str, object]]:
+    """What is in an attribute, in containers in it, and in modules that are not ``registered``."""
+    if isinstance(value, nn.Module):
+        for fqn, inner in () if value in registered else value.named_modules():
+            if inner not in registered:  # it may have the model in it, too
+                for name, parameter in inner._parameters.items():
+                    yield ".".join(filter(None, (path, fqn, name))), parameter
+    elif isinstance(value, dict | list | tuple | set | frozenset):
+        if depth == 0 or id(value) in seen:
+            return
+        seen.add(id(value))
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _held(each, f"{path}[{key!r}]", registered, seen, depth - 1)
+    else:
+        yield path, value
 
 
 def mesh_of(group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> DeviceMesh:

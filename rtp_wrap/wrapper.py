@@ -29,6 +29,7 @@ from rtp_wrap.verify import (
     SAME_MODEL,
     check_init_fn,
     check_module,
+    check_parameters,
     check_same_everywhere,
     check_uses,
     device_of,
@@ -134,6 +135,7 @@ class RotatedTensorParallel(nn.Module):
                 assignments, transport = follow(module, plan), plan.transport
                 inplace, precision = plan.inplace, plan.mixed_precision
             check_uses(assignments, mesh.size())
+            check_parameters(module, assignments)
             device = device_of(mesh, assignments)
             ring = Ring(mesh, device, overlap=not inplace, precision=precision, lockstep=lockstep)
             staging = f"staging of {(plan or rules).staging_bytes} bytes, transport={transport}"

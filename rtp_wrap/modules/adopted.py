@@ -79,6 +79,7 @@ class Adopted(nn.Module):
         if adoption and param is not None and not isinstance(param, DTensor) and not ignored:
             check_new_parameter(adoption.name(name), adoption.ring)
         super().register_parameter(name, param)
+        self._note_parameters()
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         if module is not None and self._adoption is not None:
@@ -93,7 +94,21 @@ class Adopted(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         if self._adoption is not None:
             check_conversion(fn, self, self._adoption.fqn, self._adoption.ring)
-        return super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)
+        self._note_parameters()
+        return result
+
+    def _note_parameters(self) -> None:
+        """Its own parameters are new ones: from now on they are written in place only."""
+        for name, parameter in self._parameters.items():
+            if self._adoption is not None and isinstance(parameter, DTensor):
+                self._adoption.ring.storages.note(parameter, self._adoption.name(name))
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        for parameter in self._parameters.values():
+            if self._adoption is not None and isinstance(parameter, DTensor):
+                self._adoption.ring.storages.check(parameter)
+        super()._save_to_state_dict(*arguments)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *arguments: Any
@@ -114,6 +129,10 @@ class Adopted(nn.Module):
             if not isinstance(value, DTensor):
                 state_dict[prefix + name] = own_part(value, parameter, adoption.ring)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._note_parameters()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the original class: the adopted one is made, not importable."""
@@ -190,6 +209,7 @@ def adopt(module: nn.Module, adoption: Adoption, mixin: type[Adopted] = Adopted)
         if isinstance(member, property):
             vars(module).pop(name, None)  # what the property replaces would stay alive, unread
     vars(module)["_adoption"] = adoption
+    cast(Adopted, module)._note_parameters()
 
 
 @functools.cache

@@ -16,13 +16,13 @@ from rtp_wrap.ring import Ring
 from rtp_wrap.transport.room import staging_for, tile_itemsize
 
 
-def check_in_place(parameter: Any, fqn: str) -> DTensor:
+def check_in_place(parameter: Any, fqn: str, ring: Ring) -> DTensor:
     """The managed parameter, if it still is one: a forward is about to use it."""
-    if isinstance(parameter, DTensor) and not parameter.data_ptr():  # a DTensor has no memory of
-        return parameter  # its own, until `parameter.data = tensor` gives it some that nobody reads
     if isinstance(parameter, DTensor):
-        how = "its .data was replaced"
-    elif parameter is None:
+        if not ring.storages.check(parameter):
+            ring.storages.note(parameter, fqn)  # torch.utils.swap_tensors has put it there
+        return parameter
+    if parameter is None:
         how = "it was taken away"
     else:
         how = f"it was replaced by a plain {type(parameter).__name__}"

@@ -26,8 +26,9 @@ class Rotated(Adopted):
 
     def home(self, name: str) -> DTensor:
         """The home shard of a parameter, where the attribute would be the whole."""
-        assert self._adoption is not None
-        return check_in_place(self._parameters.get(name), self._adoption.name(name))
+        adoption = self._adoption
+        assert adoption is not None
+        return check_in_place(self._parameters.get(name), adoption.name(name), adoption.ring)
 
     @property
     def site(self) -> str:
