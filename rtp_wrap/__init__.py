@@ -1,7 +1,8 @@
 """Rotated tensor parallelism for PyTorch: the memory of 1/N, and exactly DDP's results."""
 
 from rtp_wrap.lockstep import OutOfStepError
-from rtp_wrap.planner import Plan, plan
+from rtp_wrap.planned import Plan
+from rtp_wrap.planner import plan
 from rtp_wrap.policy import (
     Gather,
     Ignore,

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from rtp_wrap.modules import rotation_dim
+from rtp_wrap.names import own_name, own_names
 from rtp_wrap.policy import Gather, Ignore, Match, Replicate, Rotate, ShardingPolicy, Strategy
 
 
@@ -63,7 +64,7 @@ def assign(model: nn.Module, policy: ShardingPolicy) -> list[Assignment]:
     rules = _Rules(model, policy)
     parameters: dict[int, nn.Parameter] = {}
     uses: dict[int, list[Use]] = {}
-    for module_fqn, module in model.named_modules(remove_duplicate=True):
+    for module_fqn, module in own_names(model):
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -121,12 +122,12 @@ class _Rules:
 
     def __init__(self, model: nn.Module, policy: ShardingPolicy) -> None:
         self._policy = policy
-        self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._modules = dict(own_names(model, all_uses=True))
         self._names: dict[nn.Module, list[str]] = {}  # several for a module used in several places
         for fqn, module in self._modules.items():
             self._names.setdefault(module, []).append(fqn)
         self._fqns = list(self._modules) + [
-            name for name, _ in model.named_parameters(remove_duplicate=False)
+            own_name(name) for name, _ in model.named_parameters(remove_duplicate=False)
         ]
         self._matched: dict[Match, list[str]] = {match: [] for match in policy.rules}
         self._rotated: set[Match] = set()
@@ -156,8 +157,10 @@ class _Rules:
         return (Gather() if natural is None else Rotate(natural)), "default", False
 
     def _matches(self, match: Match, module_fqn: str, name: str) -> bool:
-        if isinstance(match, str) and fnmatchcase(_join(module_fqn, name), match):
-            return True
+        if isinstance(match, str):
+            match = own_name(match)
+            if fnmatchcase(_join(module_fqn, name), match):
+                return True
         for around in _enclosing(module_fqn):
             module = self._modules[around]
             if isinstance(match, str):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rtp_wrap.policy import shard_dim
 
 if TYPE_CHECKING:
-    from rtp_wrap.planner import Plan, PlannedParameter
+    from rtp_wrap.planned import Plan, PlannedParameter
 
 
 def describe(plan: Plan) -> str:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.profiling import profiler_range
-from rtp_wrap.ring import Ring, resolve
+from rtp_wrap.ring import Ring
 from rtp_wrap.written import WriteCheck
 
 
@@ -34,7 +34,7 @@ def gather(parameter: DTensor, ring: Ring, fqn: str, dtype: torch.dtype) -> torc
             # Where rotated weights' gradients come from: a parameter that is both has one place.
             with torch.cuda.stream(ring.gradient_stream):
                 alias = parameter.view_as(parameter)
-        whole: torch.Tensor = _Gather.apply(alias, [parameter], ring.key, fqn, dtype)
+        whole: torch.Tensor = _Gather.apply(alias, [parameter], ring, fqn, dtype)
         return whole
     return _whole(parameter, ring, "gather", fqn, dtype)
 
@@ -56,14 +56,14 @@ class _Gather(torch.autograd.Function):
         ctx: Any,
         alias: DTensor,
         parameters: list[DTensor],
-        key: str,
+        ring: Ring,
         fqn: str,
         dtype: torch.dtype,
     ) -> torch.Tensor:
         (parameter,) = parameters  # in a list, where autograd does not look
-        ctx.ring, ctx.fqn, ctx.parameter = resolve(key), fqn, parameter
+        ctx.ring, ctx.fqn, ctx.parameter, ctx.dtype = ring, fqn, parameter, dtype
         ctx.written = WriteCheck(parameter, fqn, ctx.ring)
-        whole = _whole(parameter, ctx.ring, "gather", fqn, dtype)
+        whole = _whole(parameter, ring, "gather", fqn, dtype)
         # With one rank this is the home shard itself, which autograd must not mark as an output.
         return whole.detach()
 
@@ -72,7 +72,10 @@ class _Gather(torch.autograd.Function):
         refuse_double_backward(ctx.fqn)
         ctx.written.check()
         ring: Ring = ctx.ring
+        regathered = ring.regathered
         ring.begin(f"{ctx.fqn} reduce-scatter")
+        if regathered and regathered[1].pop((id(ctx.parameter), ctx.dtype), None) is not None:
+            ring.regathered = regathered  # its module may still need the others
         with profiler_range("reduce-scatter", ctx.fqn):
             gradient = _reduce_scattered(grad, ctx.parameter, ring)
         return gradient, None, None, None, None
@@ -109,12 +112,13 @@ class RegatherHooks:
     which see every tensor but the gathered weights.
     """
 
-    def __init__(self, gathered: list[Gathered], around: PackHooks | None) -> None:
+    def __init__(self, ring: Ring, gathered: list[Gathered], around: PackHooks | None) -> None:
         self._gathered, self._around = gathered, around
+        self._regathered = Regathered(ring)
 
     def pack(self, tensor: torch.Tensor) -> Any:
         for gathered in self._gathered:
-            note = gathered.note(tensor)
+            note = gathered.note(tensor, self._regathered)
             if note is not None:
                 return note
         if self._around is not None:
@@ -151,11 +155,10 @@ class _Kept:
 class _Note:
     """How to make a saved tensor again: gather, cast, take a view."""
 
+    regathered: Regathered
     parameter: DTensor
-    ring: Ring
-    fqn: str
-    written: WriteCheck
     gathered: torch.dtype
+    written: WriteCheck
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -163,16 +166,41 @@ class _Note:
 
     def unpack(self) -> torch.Tensor:
         self.written.check()
-        ring = self.ring
-        if ring.regathered is None or ring.regathered[0] is not self.parameter:
-            whole = _whole(self.parameter, ring, "gather for backward", self.fqn, self.gathered)
-            ring.regathered = self.parameter, whole
+        whole = self.regathered.whole(self.parameter, self.gathered)
+        return whole.to(self.dtype).as_strided(self.size, self.stride, self.offset)
+
+
+class Regathered:
+    """The weights that autograd saved in one forward of a module, whole again in its backward.
+
+    How often a backward asks for which of them may depend on a rank's data: on the experts that its
+    tokens go to, for one. What ranks gather must not. So the first time that one is asked for all
+    of them are gathered, and stay until their gradients are reduced or the ring goes on to others.
+    """
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+        self._saved: dict[tuple[int, torch.dtype], tuple[DTensor, str]] = {}
+
+    def save(self, parameter: DTensor, dtype: torch.dtype, fqn: str) -> None:
+        """Autograd has saved it, gathered in ``dtype``."""
+        self._saved[id(parameter), dtype] = parameter, fqn
+
+    def whole(self, parameter: DTensor, dtype: torch.dtype) -> torch.Tensor:
+        """It, whole: an all-gather of everything that was saved, or what that has left here."""
+        ring, key = self._ring, (id(parameter), dtype)
+        whose, wholes = ring.regathered or (None, {})
+        if whose is not self or key not in wholes:
+            wholes = {
+                (number, its_dtype): _whole(each, ring, "gather for backward", fqn, its_dtype)
+                for (number, its_dtype), (each, fqn) in self._saved.items()
+            }
+            ring.regathered = self, wholes
             if torch._C._current_graph_task_id() != -1:
-                # The last one of a backward must not outlive it.
+                # Those of the last module of a backward must not outlive it.
                 engine = torch.autograd.Variable._execution_engine
                 engine.queue_callback(functools.partial(setattr, ring, "regathered", None))
-        whole = ring.regathered[1]
-        return whole.to(self.dtype).as_strided(self.size, self.stride, self.offset)
+        return wholes[key]
 
 
 class Gathered:
@@ -196,7 +224,7 @@ class Gathered:
                 f"or Ignore() it in the policy"
             )
 
-    def note(self, tensor: torch.Tensor) -> _Note | None:
+    def note(self, tensor: torch.Tensor, regathered: Regathered) -> _Note | None:
         """A note for ``tensor`` if it is this weight, a view of it, or a (view of a) cast of it."""
         if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.is_nested:
             return None  # has no address
@@ -209,12 +237,12 @@ class Gathered:
             offset = None
         if offset is None or tensor.is_conj() or tensor.is_neg():
             return None
+        regathered.save(self.parameter, self.whole.dtype, self.fqn)
         return _Note(
+            regathered,
             self.parameter,
-            self.ring,
-            self.fqn,
-            WriteCheck(self.parameter, self.fqn, self.ring),
             self.whole.dtype,
+            WriteCheck(self.parameter, self.fqn, self.ring),
             tensor.dtype,
             tuple(tensor.shape),
             tensor.stride(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch.distributed.tensor import Shard
 
 from rtp_wrap.assign import Assignment
 from rtp_wrap.materialise import ParamInitFn, materialise
+from rtp_wrap.names import own_names
 from rtp_wrap.policy import Ignore, Replicate, Strategy, shard_dim
 from rtp_wrap.ring import Ring, register, retire
 from rtp_wrap.shard import dtensor_of, extent, local_shape
@@ -105,13 +107,14 @@ def settle_model(
         if not isinstance(each.home, Ignore):
             parameters.setdefault(each.uses[0].module, []).append(index)
     buffers = _buffers(module)
-    for fqn, inner in module.named_modules():
-        values = materialise(fqn, inner, ring.device, param_init_fn)
+    for fqn, inner in own_names(module):
+        values = materialise(fqn, inner, ring, param_init_fn)
         for index in parameters.get(inner, ()):
             assignments[index] = _settled(assignments[index], ring, values)
         for places in buffers.get(inner, ()):
             _, name = places[0]
-            buffer = settle_buffer(values.pop(name, inner._buffers[name]), ring)
+            present: Any = inner._buffers[name]
+            buffer = settle_buffer(values.pop(name, present), ring)
             for place, name in places:
                 place._buffers[name] = buffer
         del values  # before the next module has any

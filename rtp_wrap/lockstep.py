@@ -1,10 +1,10 @@
 """Proof that all ranks run the same sites in the same order.
 
 Every rank keeps a digest of what it ran. Ranks compare digests on the host when it is cheap and
-before it matters: at wrapping, before an optimizer writes weights, at the end of a forward without
-gradients, and after an exception inside a rotation. Without it, a rank that left a step early (a
-caught exception, another branch) could pair its hops with those of other layers: the wrong tiles,
-and no error.
+before it matters: at wrapping, before gradients of replicated parameters are averaged, before an
+optimizer writes weights, at the end of a forward without gradients, and after an exception inside a
+rotation. Without it, a rank that left a step early (a caught exception, another branch) could pair
+its hops with those of other layers: the wrong tiles, and no error.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import zlib
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -95,6 +97,23 @@ class Lockstep:
             ) from error
         self._give_up()
         raise OutOfStepError(f"ranks are out of step ({_difference(accounts)}). {remedy}")
+
+    @contextmanager
+    def together(self, part: str, remedy: str) -> Iterator[None]:
+        """A block that no rank leaves alone, for what may raise on one of them.
+
+        A rank that has an exception raises that, whatever the others do. The others get an
+        ``OutOfStepError`` that quotes it where they compare next, at the latest behind the block.
+        """
+        try:
+            yield
+        except OutOfStepError:
+            raise  # all ranks have it
+        except Exception as error:
+            with suppress(OutOfStepError):
+                self.verify(f"{part}: {type(error).__name__}: {error}", remedy)
+            raise
+        self.verify(f"the end of {part}", remedy)
 
     def _give_up(self) -> None:
         """From here on ranks are out of step, even if they happen to do the same again."""

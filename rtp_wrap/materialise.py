@@ -17,7 +17,9 @@ from torch.distributed.tensor import DTensor
 
 from rtp_wrap.assign import Assignment
 from rtp_wrap.modules.recurrent import is_recurrent
+from rtp_wrap.names import own_names
 from rtp_wrap.policy import Ignore
+from rtp_wrap.ring import Ring
 
 ParamInitFn = Callable[[nn.Module], object]
 
@@ -27,6 +29,8 @@ _UNSET: dict[torch.dtype, float | int] = {
     **dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), float("nan")),
     **{dtype: torch.iinfo(dtype).min for dtype in (torch.int32, torch.int64)},
 }
+#: What helps where one rank failed in the middle of wrapping.
+BUILD_ANEW = "Parts of the model may be sharded already: build it anew before you wrap it again"
 #: Modules that an error names.
 _NAMED = 5
 
@@ -60,7 +64,7 @@ def check_initialisable(
 def _on_meta(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that have own tensors on the meta device which no module before them has."""
     seen: set[int] = set()
-    for fqn, module in model.named_modules():
+    for fqn, module in own_names(model):
         new = {id(tensor) for tensor in _own(module).values() if tensor.is_meta} - seen
         seen |= new
         if new:
@@ -68,21 +72,23 @@ def _on_meta(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def materialise(
-    fqn: str, module: nn.Module, device: torch.device, param_init_fn: ParamInitFn | None
+    fqn: str, module: nn.Module, ring: Ring, param_init_fn: ParamInitFn | None
 ) -> dict[str, torch.Tensor]:
-    """Values on ``device`` for the own tensors of ``module`` that are on the meta device, by name.
+    """Values for the own tensors of ``module`` that are on the meta device, by name.
 
-    The module's tensors are the same afterwards. Parameters that are tied to an earlier module's
-    have been settled with it, and keep those values. Raises ``ValueError`` for what has no value of
-    its shape and dtype after the initialisation.
+    They are on the ring's device; the module's tensors are the same afterwards. Parameters that are
+    tied to an earlier module's have been settled with it, and keep those values. Raises
+    ``ValueError`` for what has no value of its shape and dtype after the initialisation. An
+    exception of one rank is an error on all.
     """
     before = _own(module)
     wanted = {name: tensor for name, tensor in before.items() if tensor.is_meta}
     if not wanted:
         return {}
     site = _name(fqn, module)
-    with _alone(module, device):
-        _initialise(site, module, param_init_fn, device)
+    together = ring.lockstep.together(f"initialisation of {site}", BUILD_ANEW)
+    with together, _alone(module, ring.device):
+        _initialise(site, module, param_init_fn, ring.device)
         after = _own(module)
         if new := [name for name in after if name not in before]:
             raise ValueError(

@@ -78,9 +78,9 @@ class ShardingPolicy:
         maps what to match to a strategy; the first rule that matches a parameter wins. A glob
         (``"layers.*.mlp"``) is held against the parameter's own fqn and those of the modules
         around it, a type and a predicate against the modules around it: naming a module names all
-        of its parameters. ``Rotate`` takes those that have a rotated form (weights of linears,
-        embeddings, attention and convolutions) and leaves the others, such as biases, to later
-        rules or the default.
+        of its parameters. Fqns are the model's own, without ``_orig_mod`` of ``torch.compile``.
+        ``Rotate`` takes those that have a rotated form (weights of linears, embeddings, attention
+        and convolutions) and leaves the others, such as biases, to later rules or the default.
     ``replicate_below``
         in elements: without a rule, a smaller parameter is replicated. Larger ones are rotated
         where a rotated form exists, else gathered.

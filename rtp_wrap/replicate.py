@@ -73,9 +73,11 @@ class _AverageGradients(torch.autograd.Function):
         for written in ctx.written:
             written.check()
         used = [index for index, grad in enumerate(grads) if grad is not None]
-        # A rank that used others would average the wrong elements: part of what is compared.
+        # A rank that used others would average the wrong elements, and buffers of other sizes end a
+        # process in Gloo and hang in NCCL. So ranks compare first, also where a rank used none.
         first = ctx.fqns[used[0]] if used else "none"
         ring.begin(f"average of {len(used)} gradients, {first} and on {used}")
+        ring.lockstep.verify("an average of gradients")
         results: list[DTensor | None] = [None] * len(grads)
         dense = [(index, _dense(grads[index])) for index in used]
         dtypes = [ring.precision.average_dtype(each.dtype) for each in ctx.parameters]

@@ -1,7 +1,6 @@
 """A ring: the ranks that share a model, their staging and their transport.
 
-Modules and ops know a ring by its key, a string, resolved here as ``torch.distributed`` resolves
-the names of groups. So modules can be deep-copied, and ops can be captured.
+Copies of a model share it. It has a key, a string, by which pickles and parameters know it.
 """
 
 from __future__ import annotations
@@ -60,7 +59,8 @@ class Ring:
     """The ranks of a 1-D ``mesh`` as a ring.
 
     ``overlap=False`` makes hops take turns with the computation: less staging, no concurrency.
-    ``precision`` holds for every site of the wrapped model. Tiles can move once it was ``open``ed.
+    ``precision`` holds for every site of the wrapped model. ``lockstep`` is that of the same ranks,
+    if they have one already. Tiles can move once the ring was ``open``ed.
     """
 
     #: How tiles move: as hops from rank to rank through ``staging``, or pulled by ``peers``.
@@ -77,6 +77,7 @@ class Ring:
         *,
         overlap: bool,
         precision: MixedPrecisionPolicy = _AS_GIVEN,
+        lockstep: Lockstep | None = None,
     ) -> None:
         self.mesh = mesh
         self.precision = precision
@@ -85,15 +86,16 @@ class Ring:
         self.world_size = self.group.size()
         self.device = device
         self.overlap = overlap
-        self.lockstep = Lockstep(self.group)
+        self.lockstep = Lockstep(self.group) if lockstep is None else lockstep
         self.frames = Frames()
         self.storages = Storages()
-        # The weight last gathered for a backward: several saved views of it need one gather.
-        self.regathered: tuple[DTensor, torch.Tensor] | None = None
+        #: Weights that were gathered for the backward of a module, by what asked for them.
+        self.regathered: tuple[object, dict[tuple[int, torch.dtype], torch.Tensor]] | None = None
         # While the first forward runs: the fqns of modules with managed parameters, as called.
         self.sites: list[str] | None = None
         self.key = f"{self.group.group_name}/{next(_serial)}"
         self._interrupted = False
+        self._forward = threading.Lock()  # held while a forward runs
         self._stream: torch.cuda.Stream | None = None
         _rings[self.key] = self
         _watch_optimizers()
@@ -137,15 +139,24 @@ class Ring:
         if self.peers is not None:
             self.peers.settle()
 
-    def begin_forward(self) -> None:
-        """An outermost forward begins."""
+    def begin_forward(self, fqn: str) -> None:
+        """An outermost forward begins, that of ``fqn``; another one must not be under way."""
+        if not self._forward.acquire(blocking=False):
+            raise RuntimeError(
+                f"{fqn or 'the model'} was called while another thread is in a forward of the same "
+                f"wrapped model: the {self.world_size} ranks could not tell whose tiles are whose. "
+                f"Use the model in one thread at a time, from forward to backward"
+            )
         if self.peers is not None:
             self.peers.begin_forward()
 
     def end_forward(self) -> None:
         """An outermost forward is over."""
-        if self.peers is not None:
-            self.peers.end_pass()
+        try:
+            if self.peers is not None:
+                self.peers.end_pass()
+        finally:
+            self._forward.release()
 
     def check_in_step(self) -> None:
         """After an outermost forward: if no optimizer step will, compare what ranks did."""

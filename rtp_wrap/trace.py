@@ -35,6 +35,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from rtp_wrap.names import own_name, own_names
+
 #: What an ``fx`` argument may be besides nodes and containers of them.
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
 
@@ -75,7 +77,9 @@ def capture(
     fakes = _Fakes(dtype_of)
     with fakes.in_place_of_parameters(model):
         recorder = _Recorder(model)
-        with recorder.watching(before_module), fakes.mode:
+        # What is compiled runs as it is: a graph would be made of fakes, and of the recorder.
+        uncompiled = torch.compiler.set_stance("force_eager")
+        with recorder.watching(before_module), fakes.mode, uncompiled:
             recorder.run(fakes.of((tuple(args), dict(kwargs or {}))))
     _erase_unused(recorder.graph)
     return Trace(recorder.graph, recorder.activation_bytes, recorder.opaque)
@@ -148,12 +152,12 @@ class _Recorder(TorchDispatchMode):
         # With the tensors, which are kept: ids are reused.
         self._nodes: dict[int, tuple[torch.Tensor, fx.Node]] = {}
         self._inside: nn.Module | None = None  # the site whose forward runs
-        self._fqns = {module: fqn for fqn, module in model.named_modules()}
+        self._fqns = {module: fqn for fqn, module in own_names(model)}
         self._names: dict[int, str] = {}
         self._counted: set[int] = set()  # storages that are no activations, or counted already
         self._saved: list[torch.Tensor] = []  # kept: addresses of storages are reused
         for fqn, tensor in (*model.named_parameters(), *model.named_buffers()):
-            self._names[id(tensor)] = fqn
+            self._names[id(tensor)] = own_name(fqn)
             self._counted.add(tensor.untyped_storage()._cdata)
 
     def run(self, inputs: Any) -> None:
@@ -201,7 +205,7 @@ class _Recorder(TorchDispatchMode):
 
             return call
 
-        sites = {fqn: each for fqn, each in self._model.named_modules() if is_site(each)}
+        sites = {fqn: each for fqn, each in own_names(self._model) if is_site(each)}
         patched = {fqn: vars(each).get("forward") for fqn, each in sites.items()}
         for fqn, site in sites.items():
             vars(site)["forward"] = tolerant(site.forward, fqn)

@@ -15,6 +15,9 @@ from rtp_wrap.modules import Adopted, refuse_max_norm
 from rtp_wrap.policy import Ignore
 from rtp_wrap.ring import Ring, was_retired
 
+#: What helps where ranks differ before anything was changed.
+SAME_MODEL = "Wrap the same model with the same policy on every rank"
+
 
 def check_module(module: nn.Module) -> None:
     """Raise ``TypeError`` or ``ValueError`` for what is no module, or is wrapped or sharded."""
@@ -196,4 +199,4 @@ def check_same_everywhere(
     ring.lockstep.record(f"{staging}, overlap={ring.overlap}")
     ring.lockstep.record(f"{ring.precision}")
     ring.lockstep.record(f"{'a' if param_init_fn is not None else 'no'} param_init_fn")
-    ring.lockstep.verify("wrapping", "Wrap the same model with the same policy on every rank")
+    ring.lockstep.verify("wrapping", SAME_MODEL)

@@ -15,14 +15,18 @@ from torch.distributed.fsdp import MixedPrecisionPolicy as FSDP2MixedPrecisionPo
 
 from rtp_wrap.assign import Assignment, assign
 from rtp_wrap.home import settle_model
-from rtp_wrap.materialise import ParamInitFn, check_initialisable
+from rtp_wrap.lockstep import Lockstep
+from rtp_wrap.materialise import BUILD_ANEW, ParamInitFn, check_initialisable
 from rtp_wrap.modules import Adoption, adopt, form_of, has_own_statistics, precision_of
-from rtp_wrap.planner import Plan, check_given, follow, plan_of
+from rtp_wrap.names import own_names
+from rtp_wrap.planned import Plan
+from rtp_wrap.planner import check_given, follow, plan_of
 from rtp_wrap.policy import Ignore, MixedPrecisionPolicy, Rules, ShardingPolicy, Strategy
 from rtp_wrap.ring import Ring
 from rtp_wrap.sites import Site
 from rtp_wrap.transport import candidates, wanted
 from rtp_wrap.verify import (
+    SAME_MODEL,
     check_init_fn,
     check_module,
     check_parameters,
@@ -97,7 +101,8 @@ class RotatedTensorParallel(nn.Module):
     Raises ``RuntimeError`` without a process group, and ``ValueError`` or ``TypeError`` for
     arguments, policies and models that cannot be used; nothing is changed then. An initialisation
     that raises, or leaves something without a value of its shape and dtype, is a ``RuntimeError``
-    or a ``ValueError`` too; modules before it are sharded by then, so build the model anew.
+    or a ``ValueError`` too; modules before it are sharded by then, so build the model anew. Where
+    only some ranks have such an error, the others get an ``OutOfStepError`` that quotes it.
     """
 
     module: nn.Module
@@ -116,29 +121,33 @@ class RotatedTensorParallel(nn.Module):
         param_init_fn: ParamInitFn | None = None,
         plan: Plan | None = None,
     ) -> None:
-        check_module(module)
-        check_init_fn(param_init_fn)
-        rules, precision = ShardingPolicy.of(policy), MixedPrecisionPolicy.of(mixed_precision)
         mesh = mesh_of(group, mesh)
-        if plan is None:
-            assignments, transport = assign(module, rules), wanted(rules.transport)
-        else:
-            check_given(plan, mesh.size(), policy, mixed_precision, inplace)
-            assignments, transport = follow(module, plan), plan.transport
-            inplace, precision = plan.inplace, plan.mixed_precision
-        check_uses(assignments, mesh.size())
-        check_parameters(module, assignments)
-        device = device_of(mesh, assignments)
-        ring = Ring(mesh, device, overlap=not inplace, precision=precision)
-        staging = f"staging of {(plan or rules).staging_bytes} bytes, transport={transport}"
-        check_same_everywhere(module, assignments, ring, staging, param_init_fn)
-        transports = candidates(transport, ring.group, device)
-        if plan is None:
-            plan = plan_of(assignments, mesh.size(), rules, precision, inplace, transports)
-        check_initialisable(module, assignments, param_init_fn)
-        ring.open(plan.transport, plan.staging_bytes)
+        # Before anything that may raise on one rank alone, whose error the others are to get.
+        lockstep = Lockstep(mesh.get_group())
+        with lockstep.together("wrapping", SAME_MODEL):
+            check_module(module)
+            check_init_fn(param_init_fn)
+            rules, precision = ShardingPolicy.of(policy), MixedPrecisionPolicy.of(mixed_precision)
+            if plan is None:
+                assignments, transport = assign(module, rules), wanted(rules.transport)
+            else:
+                check_given(plan, mesh.size(), policy, mixed_precision, inplace)
+                assignments, transport = follow(module, plan), plan.transport
+                inplace, precision = plan.inplace, plan.mixed_precision
+            check_uses(assignments, mesh.size())
+            check_parameters(module, assignments)
+            device = device_of(mesh, assignments)
+            ring = Ring(mesh, device, overlap=not inplace, precision=precision, lockstep=lockstep)
+            staging = f"staging of {(plan or rules).staging_bytes} bytes, transport={transport}"
+            check_same_everywhere(module, assignments, ring, staging, param_init_fn)
+            transports = candidates(transport, ring.group, device)
+            if plan is None:
+                plan = plan_of(assignments, mesh.size(), rules, precision, inplace, transports)
+            check_initialisable(module, assignments, param_init_fn)
+            ring.open(plan.transport, plan.staging_bytes)
         settle_model(module, assignments, ring, param_init_fn)
-        _adopt(module, assignments, ring)
+        with lockstep.together("adoption", BUILD_ANEW):
+            _adopt(module, assignments, ring)
         super().__init__()
         vars(self).update({name: vars(module)[name] for name in _SHARED})
         vars(self).update(module=module, _ring=ring, _plan=plan)
@@ -236,7 +245,7 @@ def _adopt(module: nn.Module, assignments: list[Assignment], ring: Ring) -> None
         for use in each.uses:
             if not isinstance(use.strategy, Ignore):
                 strategies.setdefault(use.module, {})[use.name] = use.strategy
-    for fqn, inner in module.named_modules():
+    for fqn, inner in own_names(module):
         if any(each in strategies or has_own_statistics(each) for each in inner.modules()):
             precision = precision_of(inner, ring.precision)
             adoption = Adoption(ring, fqn, strategies.get(inner, {}), precision)

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.ranks.worker import PRELOAD
+
 VOCABULARY, WIDTH, LENGTH, SAMPLES = 61, 32, 7, 2
 
 Inputs = dict[str, torch.Tensor]
@@ -143,6 +145,8 @@ _MODELS = {
     "Mixtral": "MixtralForCausalLM",
 }
 HAS_TRANSFORMERS = find_spec("transformers") is not None
+if HAS_TRANSFORMERS:  # once for all ranks, of which each would import it for seconds
+    PRELOAD.append("transformers.models.gpt2.modeling_gpt2")
 
 #: Those of timm, by its own names.
 TIMM: dict[str, dict[str, Any]] = {

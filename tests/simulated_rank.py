@@ -7,6 +7,7 @@ are numbers of which the mean is known.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -88,6 +89,9 @@ class _Weight:
         #: How often it was, as of the operation that runs.
         self.times_written = 0
 
+    def detach(self) -> _Weight:
+        return self
+
     def write(self) -> None:
         self.times_written += 1
         self._local_tensor.add_(_WRITTEN)
@@ -104,7 +108,7 @@ class _Ring(Ring):
         self.peers, self.device = peers, torch.device("cuda", 0)
         self.precision = MixedPrecisionPolicy()
         self.lockstep: Any = SimpleNamespace(record=lambda *event: None, verify=lambda when: None)
-        self._interrupted, self._stream = False, None
+        self._interrupted, self._stream, self._forward = False, None, threading.Lock()
 
 
 class Rank:
@@ -142,7 +146,7 @@ class Rank:
         self, order: Order, *, raising: int | None = None, written: int | None = None
     ) -> None:
         """An outermost one; a layer may raise, or be written before it is called."""
-        self._ring.begin_forward()
+        self._ring.begin_forward("")
         try:
             for place, name in enumerate(order):
                 if place == written:

@@ -300,3 +300,25 @@ def test_planning_changes_nothing() -> None:
 
 def test_a_model_without_parameters_has_an_empty_plan() -> None:
     assert _plans(nn.ReLU()) == []
+
+
+def test_names_are_the_models_own_where_blocks_were_compiled() -> None:
+    def homes(match: Any, compiled: bool) -> dict[str, Any]:
+        model = Model()
+        if compiled:
+            for index, layer in enumerate(model.layers):
+                model.layers[index] = torch.compile(layer)  # type: ignore[assignment]
+        return _homes(model, {match: Ignore()})
+
+    for match in (
+        "layers.*.up",
+        "layers.1.down.weight",
+        "layers.0",
+        Block,
+        lambda fqn, module: fqn == "layers.0" and isinstance(module, Block),
+    ):
+        assert homes(match, True) == homes(match, False)
+    # As torch calls them, in named_parameters().
+    assert homes("layers.*._orig_mod.up", True) == homes("layers.*.up", False)
+    with pytest.raises(ValueError, match=r"did you mean 'layers.0.up'"):
+        homes("layers.0.upp", True)

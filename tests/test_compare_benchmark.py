@@ -9,13 +9,15 @@ import re
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -305,6 +307,20 @@ def test_what_is_sent_alone_and_by_an_unknown_strategy() -> None:
     assert sent.per_step(replace(trial(), strategy="tp"), 1) == 0
     with pytest.raises(ValueError, match="no formula for 'pp'"):
         sent.per_step(replace(trial(), strategy="pp"), 2)
+
+
+def losses_of(trial: Trial) -> tuple[float, ...]:
+    """Compiled without code generation, which takes long and is not what differs."""
+    with patch.object(nn.Module, "compile", partialmethod(nn.Module.compile, backend="aot_eager")):
+        return run_trial(trial).losses
+
+
+def test_tensor_parallel_blocks_are_compiled() -> None:
+    each = Trial("tp", "llama-tiny", 1, 8, changes={"layers": 1}, steps=2, warmup=0)
+    with Crew(2, SECONDS) as crew:
+        plain = crew.run(losses_of, each)
+        compiled = crew.run(losses_of, replace(each, setting=Setting(compile=True)))
+    assert compiled[0] == pytest.approx(plain[0])
 
 
 @pytest.mark.parametrize("warmup", [3, 1])

@@ -30,6 +30,7 @@ from torch import nn
 from rtp_wrap import Gather, Rotate, RotatedTensorParallel, ShardingPolicy
 from rtp_wrap.modules import rotation_dim
 from rtp_wrap.modules.linear import RotatedConv1D
+from tests.families import HAS_TRANSFORMERS
 from tests.parity import check_parity
 from tests.ranks import WORLD_SIZES, all_world_sizes, device, in_turns, run_ranks
 from tests.rotated import TINY, dims
@@ -169,6 +170,8 @@ def test_the_library_is_not_imported_for_it(tmp_path: Path) -> None:
 
 # With the library itself.
 
+needs_library = pytest.mark.skipif(not HAS_TRANSFORMERS, reason="needs transformers")
+
 
 def _train_library(dim: int, inplace: bool) -> None:
     from transformers.pytorch_utils import Conv1D
@@ -177,10 +180,9 @@ def _train_library(dim: int, inplace: bool) -> None:
         _train(Conv1D, sizes, dim, inplace, staging_bytes)
 
 
-@all_world_sizes
-@dims
+@needs_library
+@in_turns("dim", (0, 1))
 def test_the_librarys_layer_trains_like_the_dense_one(world_size: int, dim: int) -> None:
-    pytest.importorskip(LIBRARY)
     for inplace in (False, True):
         run_ranks(world_size, _train_library, dim, inplace)
 
@@ -216,7 +218,7 @@ def _train_gpt() -> None:
     assert wrapped.gpt.transformer.wte.weight is wrapped.gpt.lm_head.weight
 
 
+@needs_library
 @all_world_sizes
 def test_gpt2_trains_like_the_dense_one(world_size: int) -> None:
-    pytest.importorskip(LIBRARY)
     run_ranks(world_size, _train_gpt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -21,6 +22,7 @@ import rtp_wrap.gather
 from rtp_wrap import Gather, Replicate, RotatedTensorParallel
 from tests.parity import check_parity, compare_gradients, compare_weights, full, mean_square, sgd
 from tests.ranks import all_world_sizes, device, multi_world_sizes, run_ranks
+from tests.rotated import events
 
 GATHERED = {"*": Gather()}
 REPLICATED = {"*": Replicate()}
@@ -316,6 +318,47 @@ class Renormalised(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return F.embedding(ids, self.weight, max_norm=0.1)
+
+
+class Experts(nn.Module):
+    """Two stacks of matrices, of which a rank uses those that its tokens go to, one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(5, 6, 7) / 2)
+        self.down = nn.Parameter(torch.randn(5, 7, 6) / 2)
+
+    def forward(self, x: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros_like(x)
+        for expert in which.unique().tolist():
+            its = which == expert
+            y[its] = torch.tanh(x[its] @ self.up[expert]) @ self.down[expert]
+        return y
+
+
+def _tokens(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rank 0's go to one expert, rank 1's to two, and so on."""
+    generator = torch.Generator().manual_seed(100 * step + rank)
+    experts = torch.arange(4).remainder(rank + 1) + step
+    return torch.randn(4, 6, generator=generator), experts.remainder(5)
+
+
+def _check_experts() -> None:
+    check_parity(Experts, _tokens, policy=GATHERED)
+    wrapped: Any = RotatedTensorParallel(Experts().to(device()), policy=GATHERED)
+    x, which = (each.to(device()) for each in _tokens(0, 3))
+    y = wrapped(x.requires_grad_(), which)
+    with events() as seen:
+        y.sum().backward()
+    assert Counter(event.partition(" ")[2] for event in seen) == {
+        "gather for backward": 2,
+        "reduce-scatter": 2,
+    }
+
+
+@all_world_sizes
+def test_ranks_may_use_other_parts_of_a_weight_and_other_numbers_of_them(world_size: int) -> None:
+    run_ranks(world_size, _check_experts)
 
 
 def _check_lost_write() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
@@ -19,8 +22,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rtp_wrap import Gather, OutOfStepError, Replicate, RotatedTensorParallel, ShardingPolicy
+from rtp_wrap import (
+    Gather,
+    OutOfStepError,
+    Replicate,
+    RotatedTensorParallel,
+    ShardingPolicy,
+    wrapper,
+)
 from rtp_wrap.lockstep import HISTORY, Lockstep
+from tests.parity import compare_gradients
 from tests.ranks import DEVICE_TYPE, all_world_sizes, device, multi_world_sizes, run_ranks
 
 ROTATE = ShardingPolicy(replicate_below=0)
@@ -117,20 +128,20 @@ def test_comparisons_are_on_the_host_whatever_the_default_device_is(world_size: 
 
 
 class Branching(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, right: int = 4) -> None:
         super().__init__()
         self.left = nn.Linear(4, 4, bias=False)
-        self.right = nn.Linear(4, 4, bias=False)
+        self.right = nn.Linear(4, right, bias=False)
 
     def forward(self, x: torch.Tensor, left: bool) -> torch.Tensor:
         return self.left(x) if left else self.right(x)
 
 
-def _branches(how: str) -> str:
+def _branches(how: str, right: int = 4) -> str:
     policy = {"*": Replicate()} if how == "replicate" else {"*": Gather()}
     group = dist.new_group(timeout=timedelta(seconds=2))
     wrapped = RotatedTensorParallel(
-        Branching().to(device()), group, policy=ROTATE if how == "rotate" else policy
+        Branching(right).to(device()), group, policy=ROTATE if how == "rotate" else policy
     )
     before = deepcopy([p._local_tensor for p in wrapped.parameters()])  # type: ignore[attr-defined]
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
@@ -148,14 +159,56 @@ def _branches(how: str) -> str:
 
 
 @multi_world_sizes
-@pytest.mark.parametrize("how", ["replicate", "gather"])
-def test_ranks_of_different_branches_get_an_error_at_the_optimizer_that_names_both_layers(
-    world_size: int, how: str
+@pytest.mark.parametrize(("how", "right"), [("replicate", 4), ("replicate", 400), ("gather", 4)])
+def test_ranks_of_different_branches_get_an_error_before_the_optimizer_that_names_both_layers(
+    world_size: int, how: str, right: int
 ) -> None:
-    for message in run_ranks(world_size, _branches, how):
+    for message in run_ranks(world_size, _branches, how, right):
         assert message.startswith("OutOfStepError: ranks are out of step (rank 0: ")
         assert "left.weight" in message.split("rank 1")[0]
         assert "right.weight" in message.split("rank 1")[1].split("rank 2")[0]
+
+
+class Shifted(nn.Module):
+    """Two replicated parameters behind a frozen layer, both in use or neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4, bias=False).requires_grad_(False)
+        self.shift, self.scale = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: torch.Tensor, shifted: bool) -> torch.Tensor:
+        y = self.layer(x)
+        return y * self.scale + self.shift if shifted else y
+
+
+def _nothing_to_average(more: int) -> str:
+    """The last rank has no gradients in the first of ``more`` + 1 backwards."""
+    group = dist.new_group(timeout=timedelta(seconds=20))
+    wrapped = RotatedTensorParallel(Shifted().to(device()), group)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=1.0)
+    x = torch.ones(2, 4, device=device(), requires_grad=True)
+    message = ""
+    try:
+        for backward in range(more + 1):
+            without = backward == 0 and dist.get_rank() == dist.get_world_size() - 1
+            wrapped(x, shifted=not without).sum().backward()
+        optimizer.step()
+    except OutOfStepError as error:
+        message = str(error)
+    dist.destroy_process_group(group)
+    return message
+
+
+@multi_world_sizes
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_rank_without_gradients_to_average_is_found_where_it_compares_next(
+    world_size: int, more: int
+) -> None:
+    last = world_size - 1
+    for message in run_ranks(world_size, _nothing_to_average, more, timeout=15):
+        assert "rank 0: average of 2 gradients, shift and on [0, 1]" in message
+        assert f"rank {last}: " in message
 
 
 @pytest.mark.skipif(DEVICE_TYPE == "cuda", reason="NCCL ends a process that waits too long")
@@ -222,6 +275,70 @@ def _skipped_step() -> None:
 @multi_world_sizes
 def test_an_optimizer_step_that_one_rank_skips_is_an_error_on_the_others(world_size: int) -> None:
     run_ranks(world_size, _skipped_step)
+
+
+def _fail(*_: Any) -> None:
+    raise ZeroDivisionError("a mistake")
+
+
+def _initialise(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        nn.init.ones_(parameter)
+
+
+def _initialise_but_the_second(module: nn.Module) -> None:
+    if module.out_features == 3:  # type: ignore[comparison-overlap]
+        _fail()
+    _initialise(module)
+
+
+def _small(where: torch.device | str) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8, device=where), nn.Linear(8, 3, device=where))
+
+
+def _wrap_wrongly(mistake: str) -> None:
+    """On every rank, but only the last one makes the mistake."""
+    mistaken = dist.get_rank() == dist.get_world_size() - 1
+    model = _small("meta" if mistake == "initialisation" else device())
+    before = {fqn: (p, type(p)) for fqn, p in model.named_parameters()}
+    argument: Any = model
+    options: dict[str, Any] = {"policy": ROTATE}
+    if mistake == "module":
+        argument = "model" if mistaken else model
+    elif mistake == "policy" and mistaken:
+        options["policy"] = {"nowhere": Replicate()}
+    elif mistake == "initialisation":
+        options["param_init_fn"] = _initialise_but_the_second if mistaken else _initialise
+    broken = {"planning": "plan_of", "adoption": "adopt"}.get(mistake) if mistaken else None
+    patched = patch.object(wrapper, broken, _fail) if broken else nullcontext()
+    own, text = {
+        "module": (TypeError, "wraps an nn.Module, not str"),
+        "policy": (ValueError, "'nowhere' chose no parameter"),
+        "initialisation": (RuntimeError, "ZeroDivisionError: a mistake"),
+    }.get(mistake, (ZeroDivisionError, "a mistake"))
+    last = dist.get_world_size() - 1
+    quoted = rf"rank {last}: \(.*: {own.__name__}: .*{text}"
+    with patched, pytest.raises(own if mistaken else OutOfStepError) as caught:
+        RotatedTensorParallel(argument, **options)
+    assert re.search(text if mistaken else quoted, str(caught.value))
+    if mistake not in ("initialisation", "adoption"):  # those come behind the first changes
+        assert {fqn: (p, type(p)) for fqn, p in model.named_parameters()} == before
+    # And the group is as good as before.
+    torch.manual_seed(0)
+    dense = _small(device())
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=ROTATE)
+    x = torch.ones(2, 4, device=device())
+    for net in (dense, wrapped):
+        net(x).square().sum().backward()
+    compare_gradients(dense, wrapped, {"rtol": 1e-5, "atol": 1e-5})
+
+
+@multi_world_sizes
+@pytest.mark.parametrize("mistake", ["module", "policy", "planning", "initialisation", "adoption"])
+def test_a_mistake_of_one_rank_in_wrapping_is_an_error_of_all_at_once(
+    world_size: int, mistake: str
+) -> None:
+    run_ranks(world_size, _wrap_wrongly, mistake, timeout=30)  # the group's own is 60
 
 
 #: Many short lives of two ranks, each of which ends right behind a comparison, while Gloo's threads

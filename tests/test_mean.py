@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from importlib.util import find_spec
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -58,6 +59,12 @@ def _by_torch(
         mean.put_mean(own, landing, rank, out, sums)
 
 
+def _by_kernel(*arguments: Any) -> None:
+    interpret = {"TRITON_INTERPRET": "1"} if DEVICE_TYPE == "cpu" else {}
+    with patch.dict(os.environ, interpret):
+        importlib.import_module("rtp_wrap.transport.mean_kernel").put_mean(*arguments)
+
+
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_torchs_mean(ranks: int, dtypes: object) -> None:
@@ -68,11 +75,29 @@ def test_torchs_mean(ranks: int, dtypes: object) -> None:
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_the_kernels_mean(ranks: int, dtypes: object) -> None:
-    interpret = {"TRITON_INTERPRET": "1"} if DEVICE_TYPE == "cpu" else {}
-    with patch.dict(os.environ, interpret):
-        put_mean = importlib.import_module("rtp_wrap.transport.mean_kernel").put_mean
-        for shape in ((3, 5), (1, 1), (32, 64), (33, 70)):
-            _check(put_mean, ranks, shape, dtypes)
+    for shape in ((3, 5), (1, 1), (32, 64), (33, 70)):
+        _check(_by_kernel, ranks, shape, dtypes)
+
+
+def _check_two(put_mean: object) -> None:
+    """Of two ranks there is one right result: their sum is rounded, half of it is not."""
+    assert callable(put_mean)
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.float64):
+        parts = torch.randn(2, 64, 33, generator=generator, dtype=dtype).to(DEVICE_TYPE)
+        out = torch.full_like(parts[0], torch.nan)
+        for rank in (0, 1):
+            put_mean(parts[rank].clone(), parts, rank, out, dtype)
+            assert torch.equal(out, (parts[0] + parts[1]) / 2)
+
+
+def test_torchs_mean_of_two_is_half_of_the_sum_to_the_bit() -> None:
+    _check_two(_by_torch)
+
+
+@needs_triton
+def test_the_kernels_mean_of_two_is_half_of_the_sum_to_the_bit() -> None:
+    _check_two(_by_kernel)
 
 
 def test_without_triton_there_is_no_kernel() -> None:

@@ -174,6 +174,41 @@ def test_a_model_stays_where_its_group_is(world_size: int) -> None:
     run_ranks(world_size, _check_moves, timeout=LIMIT)
 
 
+def _check_room(transport: str) -> None:
+    """The staging has room for a kernel in fp32, but not in fp64."""
+    model: Any = RotatedTensorParallel(
+        nn.Sequential(nn.Conv2d(1, 1, 1, bias=False), nn.Conv2d(1, 2, 9, bias=False)).to(device()),
+        policy=ShardingPolicy(replicate_below=0, transport=transport),
+    )
+    wide = {"1.weight": torch.zeros(2, 1, 9, 9, dtype=torch.float64)}
+    before = dict(model.named_parameters())
+    for convert in (
+        model.double,
+        model.module.double,
+        model[1].double,
+        lambda: model.load_state_dict(wide, strict=False, assign=True),
+    ):
+        with pytest.raises(
+            RuntimeError,
+            match=r"^1\.weight cannot become torch\.float64.* 648 bytes and need a staging of .*"
+            r"made one of .* Convert the model before it is wrapped",
+        ):
+            convert()
+        assert all(p is before[fqn] for fqn, p in model.named_parameters())
+        assert all(p.dtype == torch.float32 for p in model.parameters())
+    model.load_state_dict(wide, strict=False)  # which casts
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)(torch.ones(1, 1, 9, 9, dtype=dtype, device=device())).sum().backward()
+
+
+@multi_world_sizes
+@pytest.mark.parametrize("transport", ["ring", "auto" if DEVICE_TYPE == "cuda" else "peer"])
+def test_a_dtype_whose_tiles_would_not_fit_is_refused_by_name(
+    world_size: int, transport: str
+) -> None:
+    run_ranks(world_size, _check_room, transport, timeout=LIMIT)
+
+
 def _check_loading() -> None:
     dense, model = _dense(), _wrap()
     torch.manual_seed(1)

@@ -195,7 +195,7 @@ class _Reads(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = op(*args, **(kwargs or {}))
         listed = args[0] if isinstance(args[0], list) else args
-        tensors = [each for each in listed if isinstance(each, torch.Tensor)]
+        tensors = [each for each in listed if type(each) is torch.Tensor]
         theirs = [t for t in tensors if t.untyped_storage().data_ptr() in self._theirs]
         if theirs and not op.is_view:
             one_for_one = op.overloadpacket is torch.ops.aten.cat

@@ -36,7 +36,7 @@ from dataclasses import dataclass
 
 from rtp_wrap import Gather, Plan, Replicate, Rotate
 from rtp_wrap.hops import backward_slots
-from rtp_wrap.planner import PlannedParameter, PlannedUse
+from rtp_wrap.planned import PlannedParameter, PlannedUse
 from rtp_wrap.shard import TileGrid, extent
 from rtp_wrap.traffic import Traffic
 from rtp_wrap.transport import Staging

@@ -5,6 +5,7 @@ features split, sequence parallel norms, and logits that stay split over the voc
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -55,7 +56,20 @@ def parallelize(
 
 
 def _embedding(output: Placement) -> ParallelStyle:
-    return RowwiseParallel(input_layouts=Replicate(), output_layouts=output)
+    return _Embedding(input_layouts=Replicate(), output_layouts=output)
+
+
+class _Embedding(RowwiseParallel):
+    """Waits for its output, which the first block uses at once.
+
+    Of an ``AsyncCollectiveTensor`` a compiled block returns no gradient (torch 2.13).
+    """
+
+    @staticmethod
+    def _prepare_output_fn(
+        output_layouts: Any, use_local_output: bool, mod: nn.Module, outputs: Any, mesh: DeviceMesh
+    ) -> Any:
+        return outputs.redistribute(placements=output_layouts).to_local()
 
 
 def _block(block: nn.Module, mesh: DeviceMesh) -> None:

@@ -22,7 +22,12 @@ from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.capture import Capture
 from rtp_wrap.modules.frame import Frame, read
 from rtp_wrap.modules.loading import own_part
-from rtp_wrap.modules.misuse import check_conversion, check_new_module, check_new_parameter
+from rtp_wrap.modules.misuse import (
+    check_conversion,
+    check_new_module,
+    check_new_parameter,
+    check_room,
+)
 from rtp_wrap.ops.captured import Order
 from rtp_wrap.policy import Rotate
 
@@ -46,7 +51,7 @@ class Adopted(nn.Module):
                 return _call_uncompiled(self, args, kwargs)
             return super().__call__(*args, **kwargs)
         if self._compiled_call_impl is not None:
-            with _compiled_frame(self, self._adoption), Capture(self):
+            with _compiled_frame(self, self._adoption), Capture(self, self._adoption):
                 return super().__call__(*args, **kwargs)
         # Around hooks, too, and around a ``forward`` that was patched into the object.
         with Frame(self, self._adoption):
@@ -88,7 +93,7 @@ class Adopted(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         if self._adoption is not None:
-            check_conversion(fn, self._adoption.fqn, self._adoption.ring)
+            check_conversion(fn, self, self._adoption.fqn, self._adoption.ring)
         result = super()._apply(fn, recurse)
         self._note_parameters()
         return result
@@ -106,18 +111,24 @@ class Adopted(nn.Module):
         super()._save_to_state_dict(*arguments)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *arguments: Any
     ) -> None:
         """Of whole tensors (a dense model's checkpoint) every rank loads its own part."""
-        adoption = self._adoption
-        for name in adoption.strategies if adoption else ():
-            parameter, whole = self._parameters.get(name), state_dict.get(prefix + name)
-            is_whole = isinstance(whole, torch.Tensor) and not isinstance(whole, DTensor)
-            if not (adoption and is_whole and isinstance(parameter, DTensor)):
-                continue
-            if whole.shape == parameter.shape:  # torch has an error for others
-                state_dict[prefix + name] = own_part(whole, parameter, adoption.ring)
-        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        adoption, assigned = self._adoption, local_metadata.get("assign_to_params_buffers", False)
+        for name, strategy in adoption.strategies.items() if adoption else ():
+            parameter, value = self._parameters.get(name), state_dict.get(prefix + name)
+            if not (
+                adoption
+                and isinstance(parameter, DTensor)
+                and isinstance(value, torch.Tensor)
+                and value.shape == parameter.shape
+            ):
+                continue  # torch has an error for other shapes
+            if assigned and isinstance(strategy, Rotate):  # else it is cast
+                check_room(parameter.shape, value.dtype, adoption.name(name), adoption.ring)
+            if not isinstance(value, DTensor):
+                state_dict[prefix + name] = own_part(value, parameter, adoption.ring)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -148,7 +159,7 @@ class AdoptedOptimizedModule(Adopted):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._adoption is None or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
-        with _compiled_frame(self, self._adoption), Capture(self):
+        with _compiled_frame(self, self._adoption), Capture(self, self._adoption):
             return super().__call__(*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

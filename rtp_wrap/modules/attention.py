@@ -123,7 +123,7 @@ class RotatedMultiheadAttention(Rotated):
                 xs, sizes = [query], [3 * width]
         if self._rotates("in_proj_weight", adoption):
             ring, weight = adoption.ring, self.home("in_proj_weight")
-            ys = rotated_projections(xs, sizes, weight, bias, ring.key, self.site)
+            ys = rotated_projections(xs, sizes, weight, bias, ring, self.site)
         else:
             weights = self.in_proj_weight.split(sizes)
             biases = [None] * len(sizes) if bias is None else bias.split(sizes)
@@ -135,7 +135,7 @@ class RotatedMultiheadAttention(Rotated):
     ) -> torch.Tensor:
         if self._rotates(name, adoption):
             ring = adoption.ring
-            return rotated_linear(x, self.home(name), bias, ring.key, f"{self.site}.{name}")
+            return rotated_linear(x, self.home(name), bias, ring, f"{self.site}.{name}")
         return F.linear(x, getattr(self, name), bias)
 
     def _project_out(self, output: torch.Tensor, batched: bool) -> torch.Tensor:

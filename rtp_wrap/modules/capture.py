@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from rtp_wrap.modules.adoption import Adoption
+from rtp_wrap.modules.misuse import check_nothing_recomputed
 from rtp_wrap.ops.captured import Order
 
 
@@ -21,24 +23,31 @@ class Capture:
     out: there the graph is interrupted, and they run as if nothing was compiled.
     """
 
-    __slots__ = ("_before", "_module")
+    __slots__ = ("_adoption", "_before", "_module")
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, adoption: Adoption) -> None:
+        self._module, self._adoption = module, adoption
         self._before: list[tuple[nn.Module, Any]] = []
 
     def __enter__(self) -> None:
-        order = Order()
+        check_nothing_recomputed(self._adoption.fqn, self._adoption.ring)
         try:
-            for module, adoption in _compilable(self._module):
-                sites = adoption.ring.sites
-                if sites is not None and adoption.strategies and module is not self._module:
-                    sites.append(adoption.fqn)  # no frame will tell when it is called
-                self._before.append((module, vars(module).get("_captured")))
-                vars(module)["_captured"] = module._capture(adoption, order)
+            # As parameters are, also under no_grad: the module may enable gradients for itself.
+            # In inference mode nothing does, and a graph could not save what is made there.
+            with torch.set_grad_enabled(not torch.is_inference_mode_enabled()):
+                self._capture()
         except BaseException:
             self._restore()
             raise
+
+    def _capture(self) -> None:
+        order = Order()
+        for module, adoption in _compilable(self._module):
+            sites = adoption.ring.sites
+            if sites is not None and adoption.strategies and module is not self._module:
+                sites.append(adoption.fqn)  # no frame will tell when it is called
+            self._before.append((module, vars(module).get("_captured")))
+            vars(module)["_captured"] = module._capture(adoption, order)
 
     def __exit__(
         self,

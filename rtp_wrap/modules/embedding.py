@@ -27,7 +27,7 @@ class RotatedEmbedding(Rotated):
         return rotated_embedding(
             input,
             self.home("weight"),
-            adoption.ring.key,
+            adoption.ring,
             self.site,
             padding_idx=self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,
@@ -72,7 +72,7 @@ class RotatedEmbeddingBag(Rotated):
         rows = rotated_embedding(
             ids,
             self.home("weight"),
-            adoption.ring.key,
+            adoption.ring,
             self.site,
             padding_idx=self.padding_idx,
             scale_grad_by_freq=self.scale_grad_by_freq,

@@ -56,11 +56,11 @@ class Frame:
         if not self._joined:
             self._around = hooks_in_force()
             ring = self._adoption.ring
+            if not stack and torch._C._current_graph_task_id() == -1:
+                ring.begin_forward(self._adoption.fqn)
+                self._outermost = True
             if ring.sites is not None and self._adoption.strategies:
                 ring.sites.append(self._adoption.fqn)
-            self._outermost = not stack and torch._C._current_graph_task_id() == -1
-            if self._outermost:
-                ring.begin_forward()
         stack.append(stack[-1] if self._joined else self)
 
     def __exit__(
@@ -119,7 +119,7 @@ class Frame:
             return
         disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
         if disabled is None and hooks_in_force() == self._around:
-            hooks = RegatherHooks(self._gathered, self._around)
+            hooks = RegatherHooks(self._adoption.ring, self._gathered, self._around)
             self._hooks = saved_tensors_hooks(hooks.pack, hooks.unpack)
             self._hooks.__enter__()
 

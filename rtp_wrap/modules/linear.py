@@ -41,7 +41,7 @@ class RotatedLinear(Rotated):
                 input,
                 self.home("weight"),
                 self.bias,
-                adoption.ring.key,
+                adoption.ring,
                 self.site,
                 transposed=self._transposed,
             )

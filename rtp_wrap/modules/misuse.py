@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch._functorch import config as partitioning
 from torch.distributed.tensor import DTensor
 
+from rtp_wrap.policy import Rotate
 from rtp_wrap.ring import Ring
+from rtp_wrap.transport.room import staging_for, tile_itemsize
 
 
 def check_in_place(parameter: Any, fqn: str, ring: Ring) -> DTensor:
@@ -49,8 +53,14 @@ def check_new_module(module: nn.Module, fqn: str, ring: Ring) -> None:
             )
 
 
-def check_conversion(convert: Callable[[torch.Tensor], torch.Tensor], fqn: str, ring: Ring) -> None:
-    """Raise for what home shards do not survive: ``.to()`` elsewhere, ``share_memory()``."""
+def check_conversion(
+    convert: Callable[[torch.Tensor], torch.Tensor], module: nn.Module, fqn: str, ring: Ring
+) -> None:
+    """Raise for what home shards do not survive: ``.to()`` elsewhere, ``share_memory()``.
+
+    Or their tiles: a dtype in which they do not fit the staging. Of everything at and below
+    ``module``, as some of it would be converted already when the others are asked.
+    """
     probe = torch.empty(1, device=ring.device)
     converted = convert(probe)
     where = converted.device
@@ -65,3 +75,51 @@ def check_conversion(convert: Callable[[torch.Tensor], torch.Tensor], fqn: str, 
             f"{fqn or 'the model'} is sharded over {ring.world_size} ranks: its parameters have no "
             f"shared memory; share the tensors of a full state_dict() instead"
         )
+    for each in module.modules():
+        adoption = vars(each).get("_adoption")
+        for name, strategy in adoption.strategies.items() if adoption else ():
+            weight = each._parameters.get(name)
+            if isinstance(strategy, Rotate) and isinstance(weight, DTensor):
+                dtype = convert(torch.empty(1, dtype=weight.dtype, device=ring.device)).dtype
+                check_room(weight.shape, dtype, adoption.name(name), ring)
+
+
+def check_room(shape: torch.Size, dtype: torch.dtype, fqn: str, ring: Ring) -> None:
+    """Raise if no tile of a rotated weight of ``shape`` would fit the staging in ``dtype``.
+
+    The staging was sized for the dtypes at wrapping, and ranks have it together.
+    """
+    if ring.world_size == 1:
+        return
+    transport = "ring" if ring.peers is None else "peer"
+    tile = math.prod(shape[2:]) * tile_itemsize(dtype, ring.precision, transport)
+    needed = staging_for(tile, ring.world_size, transport)
+    if needed > ring.staging_bytes:
+        raise RuntimeError(
+            f"{fqn} cannot become {dtype}: its smallest tile, one kernel, would have {tile} bytes "
+            f"and need a staging of {needed}, but wrapping made one of {ring.staging_bytes}, for "
+            f"the dtypes of then. Convert the model before it is wrapped"
+        )
+
+
+def check_nothing_recomputed(fqn: str, ring: Ring) -> None:
+    """Raise where a compiler may compute parts of a compiled module's forward again for backward.
+
+    It goes by the sizes of this rank's batch then, and other ranks have to exchange tiles with it.
+    """
+    if ring.world_size == 1:
+        return
+    if partitioning.activation_memory_budget < 1:
+        setting = f"activation_memory_budget = {partitioning.activation_memory_budget}"
+    elif partitioning.aggressive_recomputation:
+        setting = "aggressive_recomputation = True"
+    elif not partitioning.ban_recompute_not_in_allowlist:
+        setting = "ban_recompute_not_in_allowlist = False"
+    else:
+        return
+    raise RuntimeError(
+        f"{fqn or 'the model'} is compiled under torch._functorch.config.{setting}, with which the "
+        f"compiler chooses, by the sizes of each rank's batch, which layers it computes again for "
+        f"backward: the {ring.world_size} ranks might choose differently and wait for each other. "
+        f"Leave the setting as it was, and use torch.utils.checkpoint around the block or in it"
+    )

@@ -212,8 +212,8 @@ def _forward(
     versions = WriteCheck(weight, its.fqn, its.ring).versions
     layout = Layout(its.transposed, [features])
     with torch.no_grad(), without_autocast(x.device.type):
-        (y,) = linear_forward(its.ring, its.fqn, layout, [flat(x)], weight, bias)
-    return y.view(*x.shape[:-1], features), torch.tensor(versions, device="cpu")
+        (y,) = linear_forward(its.ring, its.fqn, layout, [x], weight, bias)
+    return y, torch.tensor(versions, device="cpu")
 
 
 @_forward.register_fake

@@ -43,7 +43,7 @@ from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.ops.gradient import RotatingWeight, rotating
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import in_layers_dtype, rotate_backward, rotate_forward, without_autocast
-from rtp_wrap.ring import Ring, resolve
+from rtp_wrap.ring import Ring
 from rtp_wrap.shard import Tile
 from rtp_wrap.written import WriteCheck
 
@@ -55,7 +55,7 @@ def rotated_conv(
     x: torch.Tensor,
     weight: DTensor,
     bias: torch.Tensor | None,
-    ring: str,
+    ring: Ring,
     fqn: str,
     *,
     stride: Sizes = 1,
@@ -69,10 +69,10 @@ def rotated_conv(
 
     ``x`` is ``[B, I, *s]`` or, unbatched, ``[I, *s]``, this rank's own; ``weight`` a DTensor
     ``[O, I/groups, *k]`` (``[I, O/groups, *k]`` if ``transposed``), ``Shard(0)`` or ``Shard(1)``
-    over the ring; ``bias`` a plain ``[O]`` or ``None``; ``ring`` a ring's key; ``fqn`` names the
-    layer in errors; the rest is as for ``torch.convolution``. Returns ``[B, O, *t]`` or
-    ``[O, *t]``. All ranks of the ring must call it together. The gradient of ``weight`` is averaged
-    over ranks and sharded like it; that of ``bias`` is this rank's own.
+    over the ring; ``bias`` a plain ``[O]`` or ``None``; ``fqn`` names the layer in errors; the rest
+    is as for ``torch.convolution``. Returns ``[B, O, *t]`` or ``[O, *t]``. All ranks of the ring
+    must call it together. The gradient of ``weight`` is averaged over ranks and sharded like it;
+    that of ``bias`` is this rank's own.
 
     Raises ``ValueError`` or ``TypeError`` for shapes or dtypes that do not match, before any
     communication.
@@ -88,12 +88,11 @@ def rotated_conv(
         tuple(weight.shape),
     )
     _check_shape(x, layout, fqn)
-    owners = resolve(ring)
-    (x,) = in_layers_dtype(owners, fqn, weight, [x])
+    (x,) = in_layers_dtype(ring, fqn, weight, [x])
     bias = None if bias is None else bias.to(x.dtype)
     batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
-    token, use = rotating(weight, owners)
-    y: torch.Tensor = _RotatedConv.apply(token, bias, batched, use, owners, fqn, layout)
+    token, use = rotating(weight, ring)
+    y: torch.Tensor = _RotatedConv.apply(token, bias, batched, use, ring, fqn, layout)
     return y if batched is x else y.squeeze(0)
 
 

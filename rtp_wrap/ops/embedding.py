@@ -36,7 +36,7 @@ from rtp_wrap.ops.gradient import RotatingWeight, rotating
 from rtp_wrap.ops.lookup import Lookup
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import rotate_backward, rotate_forward, without_autocast
-from rtp_wrap.ring import Ring, resolve
+from rtp_wrap.ring import Ring
 from rtp_wrap.shard import Tile
 from rtp_wrap.written import WriteCheck
 
@@ -44,7 +44,7 @@ from rtp_wrap.written import WriteCheck
 def rotated_embedding(
     ids: torch.Tensor,
     weight: DTensor,
-    ring: str,
+    ring: Ring,
     fqn: str,
     *,
     padding_idx: int | None = None,
@@ -53,19 +53,18 @@ def rotated_embedding(
     """``weight[ids]`` for a weight whose shards stay at home and rotate as tiles.
 
     ``ids`` is int32 or int64 of any shape, this rank's own; ``weight`` a DTensor ``[V, D]``,
-    ``Shard(0)`` or ``Shard(1)`` over the ring; ``ring`` a ring's key; ``fqn`` names the layer in
-    errors. Row ``padding_idx``, counted from 0, gets no gradient. Returns ``[*ids.shape, D]``. All
-    ranks of the ring must call it together. The gradient of ``weight`` is averaged over ranks and
-    sharded like it.
+    ``Shard(0)`` or ``Shard(1)`` over the ring; ``fqn`` names the layer in errors. Row
+    ``padding_idx``, counted from 0, gets no gradient. Returns ``[*ids.shape, D]``. All ranks of the
+    ring must call it together. The gradient of ``weight`` is averaged over ranks and sharded like
+    it.
 
     Raises ``TypeError``, ``ValueError`` or ``IndexError`` for ids of another dtype, on another
     device or out of range, before any communication; on CUDA the range is asserted by the device.
     """
     _check(ids, weight, fqn)
-    owners = resolve(ring)
-    token, use = rotating(weight, owners)
+    token, use = rotating(weight, ring)
     y: torch.Tensor = _RotatedEmbedding.apply(
-        token, ids, use, owners, fqn, padding_idx, scale_grad_by_freq
+        token, ids, use, ring, fqn, padding_idx, scale_grad_by_freq
     )
     return y
 
@@ -108,8 +107,7 @@ class _RotatedEmbedding(torch.autograd.Function):
         ctx.ring, ctx.fqn = ring, fqn
         ctx.padding_idx, ctx.scale_grad_by_freq = padding_idx, scale_grad_by_freq
         with without_autocast(ids.device.type):
-            y = _forward(ring, fqn, ids.reshape(-1), weight)
-        return y.view(*ids.shape, y.shape[-1])
+            return _forward(ring, fqn, ids, weight)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[Any, ...]:
@@ -132,9 +130,10 @@ class _RotatedEmbedding(torch.autograd.Function):
 def _forward(ring: Ring, fqn: str, ids: torch.Tensor, weight: DTensor) -> torch.Tensor:
     rows, cols = weight.shape
     dtype = ring.precision.compute_dtype(weight.dtype)
-    y = torch.empty(len(ids), cols, dtype=dtype, device=ids.device)
-
-    lookup = Lookup(ids, y, rows, home_rows=len(weight._local_tensor))
+    # No view, which autograd would not let anybody change in place.
+    y = torch.empty(*ids.shape, cols, dtype=dtype, device=ids.device)
+    flat = y.view(ids.numel(), cols)
+    lookup = Lookup(ids.reshape(-1), flat, rows, home_rows=len(weight._local_tensor))
     rotate_forward(ring, fqn, weight, dtype, lookup.product, lookup.read)
     return y
 

@@ -38,7 +38,7 @@ from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.ops.gradient import RotatingWeight, rotating
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import in_layers_dtype, rotate_backward, rotate_forward, without_autocast
-from rtp_wrap.ring import Ring, resolve
+from rtp_wrap.ring import Ring
 from rtp_wrap.shard import Tile
 from rtp_wrap.written import WriteCheck
 
@@ -47,7 +47,7 @@ def rotated_linear(
     x: torch.Tensor,
     weight: DTensor,
     bias: torch.Tensor | None,
-    ring: str,
+    ring: Ring,
     fqn: str,
     *,
     transposed: bool = False,
@@ -56,9 +56,9 @@ def rotated_linear(
 
     ``x`` is ``[..., I]``, this rank's own; ``weight`` a DTensor ``[O, I]`` (``[I, O]`` if
     ``transposed``), ``Shard(0)`` or ``Shard(1)`` over the ring; ``bias`` a plain ``[O]`` or
-    ``None``; ``ring`` a ring's key; ``fqn`` names the layer in errors. Returns ``[..., O]`` in the
-    dtype of the GEMM. All ranks of the ring must call it together. The gradient of ``weight`` is
-    averaged over ranks and sharded like it; that of ``bias`` is this rank's own.
+    ``None``; ``fqn`` names the layer in errors. Returns ``[..., O]`` in the dtype of the GEMM. All
+    ranks of the ring must call it together. The gradient of ``weight`` is averaged over ranks and
+    sharded like it; that of ``bias`` is this rank's own.
 
     Raises ``ValueError`` or ``TypeError`` for shapes or dtypes that do not match, before any
     communication.
@@ -74,7 +74,7 @@ def rotated_projections(
     sizes: Sequence[int],
     weight: DTensor,
     bias: torch.Tensor | None,
-    ring: str,
+    ring: Ring,
     fqn: str,
 ) -> tuple[torch.Tensor, ...]:
     """``xs[s] @ weight[section s]^T + bias[section s]`` for each section, in one rotation.
@@ -91,13 +91,12 @@ def _rotated(
     sizes: Sequence[int],
     weight: DTensor,
     bias: torch.Tensor | None,
-    key: str,
+    ring: Ring,
     fqn: str,
     transposed: bool,
 ) -> tuple[torch.Tensor, ...]:
     for x in xs:
         check_features(fqn, x, weight, transposed)
-    ring = resolve(key)
     xs = in_layers_dtype(ring, fqn, weight, xs)
     bias = None if bias is None else bias.to(xs[0].dtype)
     token, use = rotating(weight, ring)
@@ -138,8 +137,7 @@ class _RotatedLinear(torch.autograd.Function):
         ctx.use, ctx.written = use, WriteCheck(weight, fqn, ring)
         ctx.ring, ctx.fqn, ctx.layout = ring, fqn, Layout(transposed, sizes)
         with without_autocast(xs[0].device.type):
-            ys = linear_forward(ring, fqn, ctx.layout, [flat(x) for x in xs], weight, bias)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for x, y in zip(xs, ys, strict=True))
+            return linear_forward(ring, fqn, ctx.layout, xs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[Any, ...]:
@@ -201,9 +199,14 @@ def linear_forward(
     xs: Sequence[torch.Tensor],
     weight: DTensor,
     bias: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    """``y`` of each section."""
-    ys = [x.new_empty(x.shape[0], size) for x, size in zip(xs, layout.sizes, strict=True)]
+) -> tuple[torch.Tensor, ...]:
+    """``y`` ``[..., O_s]`` of each section, of ``x`` ``[..., I]``.
+
+    They are no views, which autograd would not let anybody change in place.
+    """
+    wholes = [x.new_empty(*x.shape[:-1], size) for x, size in zip(xs, layout.sizes, strict=True)]
+    xs = [flat(x) for x in xs]
+    ys = [y.view(len(x), y.shape[-1]) for x, y in zip(xs, wholes, strict=True)]
     begun: set[tuple[int, int]] = set()  # (section, its output) from where a sum is there already
 
     def product(tile: Tile, values: torch.Tensor) -> None:
@@ -220,7 +223,7 @@ def linear_forward(
             begun.add((index, section.start))
 
     rotate_forward(ring, fqn, weight, xs[0].dtype, product)
-    return ys
+    return tuple(wholes)
 
 
 def linear_backward(

@@ -22,7 +22,7 @@ def forward(ring: Ring, event: str, weight: DTensor, dtype: torch.dtype, product
     with _Pulls(ring, event) as peers:
         visit = peers.visit(event, weight, dtype)
         for index in range(len(visit.cells)):
-            for tile, values in peers.pull(visit, weight, index):
+            for tile, values in peers.pull(visit, index):
                 product(tile, values)
 
 
@@ -31,7 +31,7 @@ def read(ring: Ring, event: str, weight: DTensor, dtype: torch.dtype, reader: Re
     with _Pulls(ring, event) as peers:
         visit = peers.visit(event, weight, dtype, reads=True)
         for index in range(len(visit.cells)):
-            peers.read(visit, weight, index, reader)
+            peers.read(visit, index, reader)
 
 
 def backward(
@@ -50,7 +50,7 @@ def backward(
         visit = peers.visit(event, weight, dtype)
         for index, cell in enumerate(visit.cells):
             if dgrad is not None:
-                for tile, values in peers.pull(visit, weight, index):
+                for tile, values in peers.pull(visit, index):
                     dgrad(tile, values)
             if wgrad is not None and dw is not None:
                 parts = peers.parts(cell)

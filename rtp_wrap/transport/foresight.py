@@ -2,34 +2,71 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdRef
 
 from rtp_wrap.transport.cells import Cell
 
+#: How a weight is visited: the event, the dtype of its tiles, and whether it is read.
+Way = tuple[str, torch.dtype, bool]
 
-class Visit:
-    """A site in one direction of the pass, and the tiles of its weight, of ``dtype``.
 
-    ``reads``: it reads from the memories of owners, which is not done ahead of it. One and the same
-    object comes again whenever the same weight has the same visit, and it keeps no weight alive.
+class Visited:
+    """Of a weight: its home shard, its versions, and its visits.
+
+    It is an attribute of the weight, lives as long, and does not refer to it: a cycle would wait
+    for the garbage collector, and tensors that have weak references cannot be converted in place.
     """
 
-    __slots__ = ("_weight", "cells", "dtype", "event", "followed", "reads")
+    __slots__ = ("__weakref__", "_counter", "home", "visits")
 
-    def __init__(
-        self, event: str, weight: DTensor, dtype: torch.dtype, cells: list[Cell], reads: bool
-    ) -> None:
-        self.event, self.dtype, self.cells, self.reads = event, dtype, cells, reads
-        self._weight = WeakIdRef(weight)
+    def __init__(self, weight: DTensor) -> None:
+        self.home = weight._local_tensor
+        with torch.inference_mode(False):  # in which tensors have no versions
+            self._counter = weight.detach()  # has the version of the weight
+        self.visits: dict[Way, Visit] = {}
+
+    @classmethod
+    def of(cls, weight: DTensor) -> Visited:
+        """That of ``weight``."""
+        known: Visited | None = vars(weight).get("_visited")
+        if known is None or known.home is not weight._local_tensor:
+            weight._visited = known = cls(weight)  # type: ignore[attr-defined]
+        return known
+
+    @property
+    def versions(self) -> tuple[int, int]:
+        """Other ones after any write that torch counts; see ``versions_of``."""
+        return self._counter._version, self.home._version
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies of the weight begin without."""
+        return type(None), ()
+
+
+class Visit:
+    """A site in one direction of the pass, and the tiles of its weight.
+
+    One and the same object comes again whenever the weight is visited that way; it does not keep
+    the weight alive. If it ``reads``, it does so from the memories of owners, and not ahead of
+    time.
+    """
+
+    __slots__ = ("_visited", "cells", "event", "followed", "reads")
+
+    def __init__(self, event: str, visited: Visited, cells: list[Cell], reads: bool) -> None:
+        self.event, self.cells, self.reads = event, cells, reads
+        self._visited = weakref.ref(visited)
         #: What came after it the last time, by what had come before it.
         self.followed: dict[Visit | None, Visit | None] = {}
 
     @property
-    def weight(self) -> DTensor | None:
+    def weight(self) -> Visited | None:
         """``None`` once its model is gone."""
-        return self._weight()
+        return self._visited()
 
 
 #: The visit before, and the latest one.

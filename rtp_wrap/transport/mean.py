@@ -21,12 +21,13 @@ def put_mean(
     16-bit ``sums`` are added in fp32 and rounded once.
     """
     parts = landing.parts
-    if len(parts) == 2 and own.dtype == sums == out.dtype:
-        torch.lerp(own, landing.other, 0.5, out=out)
-        return
     kernel = _kernel() if out.is_cuda and out.is_contiguous() and own.itemsize > 1 else None
     if kernel is not None:
         kernel(own, parts, rank, out, sums)
+        return
+    if len(parts) == 2 and own.dtype == sums == out.dtype and sums.itemsize > 2:
+        # As DDP does, to the bit: `lerp` rounds once more. The sum of 16 bits could overflow.
+        torch.add(own, landing.other, out=out).mul_(0.5)
         return
     landing.own.copy_(own)
     if sums == out.dtype:

@@ -65,5 +65,6 @@ def _put_mean(  # type: ignore[no-untyped-def]
         if rank != RANK:
             total += tl.load(parts + here, mask=inside, other=0).to(ADDED_IN)
         here += numel
-    mean = (total / RANKS).to(SUMS)
+    # On GPUs a quotient in fp32 is an approximation, and half of a sum is exact.
+    mean = (total * 0.5 if RANKS == 2 else total / RANKS).to(SUMS)
     tl.store(out + at, mean.to(out.dtype.element_ty), mask=inside)

@@ -38,13 +38,12 @@ run apart by a millisecond and together again all the time.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from rtp_wrap.shard import sharded_dim
 from rtp_wrap.transport.area import Area
@@ -63,17 +62,13 @@ from rtp_wrap.transport.cells import (
     largest_cell,
     published_cells,
 )
-from rtp_wrap.transport.foresight import Context, Foresight, Visit
+from rtp_wrap.transport.foresight import Context, Foresight, Visit, Visited
 from rtp_wrap.transport.lane import Events, Lane
 from rtp_wrap.transport.mean import put_mean
-from rtp_wrap.versions import versions_of
 
 #: So many cells are fetched together, if they are small. More would only be fetched in vain where
 #: something else comes than was expected.
 _TOGETHER = 4
-
-#: How a weight is visited: the event, the dtype of its tiles, and whether it is read.
-_Way = tuple[str, torch.dtype, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +76,7 @@ class _Expected:
     """A cell that comes, and how its visit is known."""
 
     visit: Visit
-    weight: DTensor
+    weight: Visited
     index: int
     context: Context
 
@@ -106,7 +101,7 @@ class _Fetched:
     @property
     def is_outdated(self) -> bool:
         """Whether its weight was written since."""
-        return self.versions != versions_of(self.what.weight)
+        return self.versions != self.what.weight.versions
 
 
 class PeerTransport:
@@ -151,7 +146,6 @@ class PeerTransport:
         #: The backward whose end is waited for; -1 for none.
         self._backward = -1
         self._cells: dict[tuple[torch.Size, int, torch.dtype, bool], list[Cell]] = {}
-        self._visits: MutableMapping[DTensor, dict[_Way, Visit]] = WeakIdKeyDictionary()
         starts = [memory.of(owner).data_ptr() for owner in range(memory.world_size)]
         self._addresses = torch.tensor(starts, dtype=torch.int64, device=device)
         self._foresight = Foresight()
@@ -168,14 +162,11 @@ class PeerTransport:
 
         If it ``reads``, the weight is sharded along its rows.
         """
-        way = event, dtype, reads
-        visits = self._visits.get(weight)
-        if visits is None:
-            visits = self._visits[weight] = {}
-        visit = visits.get(way)
+        visited, way = Visited.of(weight), (event, dtype, reads)
+        visit = visited.visits.get(way)
         if visit is None:
             cells = self._cells_of(weight.shape, sharded_dim(weight), dtype, reads)
-            visits[way] = visit = Visit(event, weight, dtype, cells, reads)
+            visited.visits[way] = visit = Visit(event, visited, cells, reads)
         return visit
 
     def _cells_of(self, shape: torch.Size, dim: int, dtype: torch.dtype, reads: bool) -> list[Cell]:
@@ -230,7 +221,7 @@ class PeerTransport:
         self._ahead.clear()
         self._foresight.begin()
 
-    def pull(self, visit: Visit, weight: DTensor, index: int) -> Tiles:
+    def pull(self, visit: Visit, index: int) -> Tiles:
         """The tiles of a cell, valid until the next call; those after it are fetched as well."""
         begun = self._come_to(visit, index)
         is_there = not begun and bool(self._ahead) and self._ahead[0].is_of(visit, index)
@@ -240,16 +231,14 @@ class PeerTransport:
             is_there = False
         if not is_there:
             self._drop()
-            self._fetch([_Expected(visit, weight, index, self._foresight.context)])
+            self._fetch([self._expected(visit, index)])
         now = self._ahead.popleft()
         if now.number != self._in_use:
             self._use(now)
             self._look_ahead(now)
         return now.tiles
 
-    def read(
-        self, visit: Visit, weight: DTensor, index: int, read: Callable[[Published], None]
-    ) -> None:
+    def read(self, visit: Visit, index: int, read: Callable[[Published], None]) -> None:
         """Have ``read`` take what it needs of the tiles of a cell, out of their owners' memories.
 
         It is called once, and reads on the stream of the computation. ``visit.reads``, so that its
@@ -257,13 +246,19 @@ class PeerTransport:
         """
         self._come_to(visit, index)
         self._drop()
-        self._fetch([_Expected(visit, weight, index, self._foresight.context)])
+        self._fetch([self._expected(visit, index)])
         now = self._ahead.popleft()
         self._use(now)
         assert isinstance(now.tiles, Published)
         read(now.tiles)
         if index + 1 == len(visit.cells):
             self._look_ahead(now)
+
+    def _expected(self, visit: Visit, index: int) -> _Expected:
+        """What has come."""
+        weight = visit.weight
+        assert weight is not None
+        return _Expected(visit, weight, index, self._foresight.context)
 
     def _come_to(self, visit: Visit, index: int) -> bool:
         """This cell is next; whether it is the first since an outermost forward began."""
@@ -337,11 +332,11 @@ class PeerTransport:
             weights = cell.weights(at)
             at += cell.nbytes
             if not cell.is_empty:
-                weights.published.copy_(cell.own_part(each.weight._local_tensor))
+                weights.published.copy_(cell.own_part(each.weight.home))
             placed.append((each, weights))
         come = self._exchange(lane, [weights.pulls for _, weights in placed])
         for each, weights in placed:
-            versions = versions_of(each.weight)
+            versions = each.weight.versions
             self._ahead.append(_Fetched(each, number, versions, weights.consumed, come))
 
     def _exchange(
