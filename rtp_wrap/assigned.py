@@ -41,7 +41,8 @@ class Storages:
         if known[0] is not parameter.untyped_storage():
             raise RuntimeError(
                 f"{known[1]}: its .data was replaced after wrapping, where nothing reads it, and "
-                f"the weight is what it was. Write in place: parameter.data.copy_(...), "
-                f"parameter.data.mul_(...), or parameter.lerp_(...) under torch.no_grad()"
+                f"the weight is what it was. Write in place: parameter.data.mul_(...), "
+                f"parameter.data.copy_(another DTensor), or parameter.lerp_(...) under "
+                f"torch.no_grad()"
             )
         return True

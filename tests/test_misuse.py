@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import parametrize
 
 from rtp_wrap import Gather, Ignore, RotatedTensorParallel, ShardingPolicy
@@ -86,6 +86,36 @@ def _check_replaced() -> None:
 @all_world_sizes
 def test_a_parameter_that_was_replaced_is_named(world_size: int) -> None:
     run_ranks(world_size, _check_replaced, timeout=LIMIT)
+
+
+def _check_written() -> None:
+    """What the error advises, each of it."""
+    for fqn in ("rotated.weight", "rotated.bias", "gathered.weight", "norm.bias"):
+        model, dense = _wrap(), _dense()
+        parameter = model.get_parameter(fqn)
+        for factor in (2, 3, 4):
+            value = dense.get_parameter(fqn).detach() * factor
+            if factor == 2:
+                model.load_state_dict({fqn: value}, strict=False)
+            elif factor == 3:
+                with torch.no_grad():
+                    parameter.copy_(
+                        distribute_tensor(value, parameter.device_mesh, parameter.placements)
+                    )
+            else:
+                with torch.no_grad():
+                    parameter.to_local().mul_(4 / 3)
+            assert model.get_parameter(fqn) is parameter
+            torch.testing.assert_close(parameter.full_tensor(), value)
+        with torch.no_grad():
+            dense.get_parameter(fqn).mul_(4)
+        x = _x()
+        torch.testing.assert_close(model(x), dense(x))
+
+
+@all_world_sizes
+def test_values_are_written_into_parameters_as_the_errors_advise(world_size: int) -> None:
+    run_ranks(world_size, _check_written, timeout=LIMIT)
 
 
 def _check_additions() -> None:

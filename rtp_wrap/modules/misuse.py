@@ -15,6 +15,13 @@ from rtp_wrap.policy import Rotate
 from rtp_wrap.ring import Ring
 from rtp_wrap.transport.room import staging_for, tile_itemsize
 
+#: The ways to give a DTensor values: a whole tensor is no argument of its ``copy_``.
+_WRITING = (
+    "Write values into those: whole tensors by load_state_dict, or under torch.no_grad() by "
+    "parameter.copy_(torch.distributed.tensor.distribute_tensor(value, parameter.device_mesh, "
+    "parameter.placements)); this rank's own part into parameter.to_local()"
+)
+
 
 def check_in_place(parameter: Any, fqn: str, ring: Ring) -> DTensor:
     """The managed parameter, if it still is one: a forward is about to use it."""
@@ -28,8 +35,8 @@ def check_in_place(parameter: Any, fqn: str, ring: Ring) -> DTensor:
         how = f"it was replaced by a plain {type(parameter).__name__}"
     raise RuntimeError(
         f"{fqn}: {how} after wrapping, but gradients are averaged, and weights sharded, only for "
-        f"the parameters that wrapping made. Write values into those (load_state_dict, or copy_ "
-        f"under no_grad), and parametrize, prune or replace weights before wrapping"
+        f"the parameters that wrapping made. {_WRITING}; parametrize, prune or replace weights "
+        f"before wrapping"
     )
 
 
@@ -38,7 +45,7 @@ def check_new_parameter(fqn: str, ring: Ring) -> None:
     raise RuntimeError(
         f"{fqn}: a plain parameter cannot be set after wrapping: the {ring.world_size} ranks' "
         f"gradients for it would not be averaged. Set it before wrapping (a policy rule with "
-        f"Ignore() leaves it alone), or write values into the parameter that is there"
+        f"Ignore() leaves it alone), or keep the parameters that are there. {_WRITING}"
     )
 
 
