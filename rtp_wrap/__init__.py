@@ -1,6 +1,7 @@
 """Rotated tensor parallelism for PyTorch: the memory of 1/N, and exactly DDP's results."""
 
 from rtp_wrap.lockstep import OutOfStepError
+from rtp_wrap.methods import register_forward_method
 from rtp_wrap.planned import Plan
 from rtp_wrap.planner import plan
 from rtp_wrap.policy import (
@@ -24,5 +25,6 @@ __all__ = [
     "RotatedTensorParallel",
     "ShardingPolicy",
     "plan",
+    "register_forward_method",
 ]
 __version__ = "0.1.0"

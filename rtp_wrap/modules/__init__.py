@@ -10,6 +10,7 @@ from rtp_wrap.modules.adopted import (
     Adopted,
     AdoptedOptimizedModule,
     AdoptedParameterList,
+    add_forward_method,
     adopt,
     is_optimized,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Adoption",
     "Frame",
     "Rotated",
+    "add_forward_method",
     "adopt",
     "form_of",
     "has_own_statistics",

@@ -37,6 +37,8 @@ class Adopted(nn.Module):
 
     #: None for what the class makes of itself later: a slice of an ``nn.Sequential``, for one.
     _adoption: Adoption | None = None
+    #: Names of methods that run as a forward does.
+    _forward_methods: frozenset[str] = frozenset()
 
     #: In a call of a compiled module: what it reads in the graph (see ``capture``).
     _captured: dict[str, Any] | None = None
@@ -139,7 +141,8 @@ class Adopted(nn.Module):
         _, arguments, *state = cast(tuple[Any, ...], super().__reduce_ex__(protocol))
         mixin, original = type(self).__bases__
         names = frozenset(self._adoption.strategies) if self._adoption else frozenset()
-        return _new_adopted, (mixin, original, names, *arguments[1:]), *state
+        made_from = mixin, original, names, self._forward_methods
+        return _new_adopted, (*made_from, *arguments[1:]), *state
 
 
 class AdoptedParameterList(Adopted):
@@ -204,7 +207,7 @@ def adopt(module: nn.Module, adoption: Adoption, mixin: type[Adopted] = Adopted)
     original = type(module)
     names = frozenset(adoption.strategies)
     # What torch.compile returned hands attributes that are set on to the module inside.
-    object.__setattr__(module, "__class__", _adopted_class(mixin, original, names))  # type: ignore[arg-type]
+    object.__setattr__(module, "__class__", _adopted_class(mixin, original, names, frozenset()))  # type: ignore[arg-type]
     for name, member in vars(mixin).items():
         if isinstance(member, property):
             vars(module).pop(name, None)  # what the property replaces would stay alive, unread
@@ -212,32 +215,62 @@ def adopt(module: nn.Module, adoption: Adoption, mixin: type[Adopted] = Adopted)
     cast(Adopted, module)._note_parameters()
 
 
+def add_forward_method(module: Adopted, name: str) -> None:
+    """Make method ``name`` of an adopted module one that runs as a forward does.
+
+    By another class, not by an attribute bound to this object, which copies would share.
+    """
+    mixin, original = type(module).__bases__
+    assert module._adoption is not None
+    names = frozenset(module._adoption.strategies)
+    adopted = _adopted_class(mixin, original, names, module._forward_methods | {name})
+    object.__setattr__(module, "__class__", adopted)
+
+
 @functools.cache
-def _adopted_class(mixin: Any, original: Any, names: frozenset[str]) -> type[nn.Module]:
-    # Its forward keeps the original's signature, which libraries inspect.
-    forward = functools.wraps(original.forward)(_cast_forward(mixin))
+def _adopted_class(
+    mixin: Any, original: Any, names: frozenset[str], methods: frozenset[str]
+) -> type[nn.Module]:
     members: dict[str, Any] = {
         name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")
     }
-    members["forward"] = forward
+    # Both keep the original's signature, which libraries inspect.
+    members["forward"] = functools.wraps(original.forward)(_with_casts(mixin.forward))
+    members["_forward_methods"] = methods
     members.update({name: _parameter(name) for name in names})
-    return type(original.__name__, (mixin, original), members)
+    adopted = type(original.__name__, (mixin, original), members)
+    for name in methods:
+        method = getattr(adopted, name)
+        setattr(adopted, name, functools.wraps(method)(_with_casts(_in_a_frame(method))))
+    return adopted
 
 
-def _cast_forward(mixin: type[Adopted]) -> Any:
-    """The forward of ``mixin`` with inputs and outputs in the dtypes of the precision policy."""
+def _with_casts(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` with inputs and outputs in the dtypes of the precision policy."""
 
-    def forward(self: Adopted, *args: Any, **kwargs: Any) -> Any:
+    def run(self: Adopted, *args: Any, **kwargs: Any) -> Any:
         if self._adoption is None:
-            return mixin.forward(self, *args, **kwargs)
+            return method(self, *args, **kwargs)
         precision = self._adoption.ring.precision
         args, kwargs = cast_inputs((args, kwargs), precision)
-        output = mixin.forward(self, *args, **kwargs)
+        output = method(self, *args, **kwargs)
         if precision.output_dtype is not None and self._adoption.at_root:
             output = cast_floats(output, precision.output_dtype)
         return output
 
-    return forward
+    return run
+
+
+def _in_a_frame(method: Callable[..., Any]) -> Callable[..., Any]:
+    def run(self: Adopted, *args: Any, **kwargs: Any) -> Any:
+        if self._adoption is None:
+            return method(self, *args, **kwargs)
+        if self._captured is not None and torch.compiler.is_compiling():
+            return method(self, *args, **kwargs)
+        with Frame(self, self._adoption):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 @torch.compiler.disable(reason="only blocks of a wrapped model can be compiled: block.compile()")
@@ -246,9 +279,13 @@ def _call_uncompiled(module: Adopted, args: Any, kwargs: Any) -> Any:
 
 
 def _new_adopted(
-    mixin: type[Adopted], original: type[nn.Module], names: frozenset[str], *arguments: Any
+    mixin: type[Adopted],
+    original: type[nn.Module],
+    names: frozenset[str],
+    methods: frozenset[str],
+    *arguments: Any,
 ) -> nn.Module:
-    adopted = _adopted_class(mixin, original, names)  # type: ignore[arg-type]
+    adopted = _adopted_class(mixin, original, names, methods)  # type: ignore[arg-type]
     return adopted.__new__(adopted, *arguments)
 
 
