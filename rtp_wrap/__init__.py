@@ -1,4 +1,7 @@
-"""Rotated tensor parallelism for PyTorch: the memory of 1/N, and exactly DDP's results."""
+"""Rotated tensor parallelism for PyTorch: the memory of 1/N, and DDP's results.
+
+Up to the order in which floating-point numbers are added.
+"""
 
 from rtp_wrap.lockstep import OutOfStepError
 from rtp_wrap.methods import register_forward_method
