@@ -332,7 +332,7 @@ def test_a_policy_is_checked_when_it_is_made() -> None:
     with pytest.raises(ValueError, match=r"reduce_dtype=torch.int8: give a floating-point dtype"):
         MixedPrecisionPolicy(reduce_dtype=torch.int8)
     with pytest.raises(TypeError, match=r"mixed_precision=torch.bfloat16: give a Mixed"):
-        RotatedTensorParallel(nn.Linear(2, 2), mixed_precision=BF16)  # type: ignore[arg-type]
+        MixedPrecisionPolicy.of(BF16)  # type: ignore[arg-type]
     policy = MixedPrecisionPolicy.of(FSDP2Policy(BF16, FP32, FP16, False))
     assert policy == MixedPrecisionPolicy(
         param_dtype=BF16, reduce_dtype=FP32, output_dtype=FP16, cast_forward_inputs=False
