@@ -144,6 +144,8 @@ class RotatedTensorParallel(nn.Module):
             if plan is None:
                 plan = plan_of(assignments, mesh.size(), rules, precision, inplace, transports)
             check_initialisable(module, assignments, param_init_fn)
+        # Peers meet over the group itself there, where nobody hears of a mistake made before.
+        with lockstep.together("allocation of the staging", SAME_MODEL):
             ring.open(plan.transport, plan.staging_bytes)
         settle_model(module, assignments, ring, param_init_fn)
         with lockstep.together("adoption", BUILD_ANEW):

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, settings
 from tests.ranks import DEVICE_TYPE, LAUNCHED, THOROUGH, WORLD_SIZES, shutdown
 
 #: From so many cases on, each runs at half of the world sizes, or at one.
-MANY_CASES, VERY_MANY_CASES = 2, 6
+MANY_CASES, VERY_MANY_CASES = 2, 3
 
 # Launched ranks must draw the same examples, and a failure costs them their group, so that they do
 # not look for a smaller example. RTP_TEST_EXAMPLES=10 draws ten times as many.

@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 PRELOAD = ["hypothesis", "pytest", "torch._dynamo", "matplotlib.pyplot", "harness.language_model"]
 #: On CPUs ranks are a ring where tests do not say otherwise, but for this world size: most of what
 #: the two transports have in common is tested with either.
-PEERS = 3
+PEERS = 2
 _STACKS_SIGNAL = signal.SIGUSR1
 _STACKS_TIME = 0.2
 _END_TIMEOUT = 10.0
