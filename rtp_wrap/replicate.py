@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.profiling import profiler_range
-from rtp_wrap.ring import Ring, resolve
+from rtp_wrap.ring import Ring
 from rtp_wrap.shard import dtensor_like
 from rtp_wrap.written import WriteCheck
 
@@ -44,7 +44,7 @@ def replicated(
         trained = [index for index, p in enumerate(parameters) if p.requires_grad]
         if trained:
             outputs = _AverageGradients.apply(
-                ring.key,
+                ring,
                 [fqns[index] for index in trained],
                 [dtypes[index] for index in trained],
                 *[parameters[index] for index in trained],
@@ -57,11 +57,11 @@ def replicated(
 class _AverageGradients(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, key: str, fqns: list[str], dtypes: list[torch.dtype], *parameters: DTensor
+        ctx: Any, ring: Ring, fqns: list[str], dtypes: list[torch.dtype], *parameters: DTensor
     ) -> tuple[torch.Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.ring, ctx.fqns, ctx.parameters = resolve(key), fqns, parameters
-        ctx.written = [WriteCheck(p, n, ctx.ring) for p, n in zip(parameters, fqns, strict=True)]
+        ctx.ring, ctx.fqns, ctx.parameters = ring, fqns, parameters
+        ctx.written = [WriteCheck(p, n, ring) for p, n in zip(parameters, fqns, strict=True)]
         return tuple(
             _plain(parameter, dtype) for parameter, dtype in zip(parameters, dtypes, strict=True)
         )

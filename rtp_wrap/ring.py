@@ -22,8 +22,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from rtp_wrap import assigned
 from rtp_wrap.anomaly import let_anomalies_be_detected
-from rtp_wrap.assigned import Storages
 from rtp_wrap.lockstep import Lockstep
 from rtp_wrap.policy import MixedPrecisionPolicy
 from rtp_wrap.transport import PeerTransport, PointToPoint, Staging, open_memory
@@ -88,7 +88,6 @@ class Ring:
         self.overlap = overlap
         self.lockstep = Lockstep(self.group) if lockstep is None else lockstep
         self.frames = Frames()
-        self.storages = Storages()
         #: Weights that were gathered for the backward of a module, by what asked for them.
         self.regathered: tuple[object, dict[tuple[int, torch.dtype], torch.Tensor]] | None = None
         # While the first forward runs: the fqns of modules with managed parameters, as called.
@@ -113,6 +112,11 @@ class Ring:
             self.staging = Staging(staging_bytes, self.device)
             self.transport = PointToPoint(self.group)
         self.no_gradient = torch.empty(0, dtype=torch.float32, device=self.device)
+
+    @property
+    def transport_name(self) -> str:
+        """As a policy names it."""
+        return "ring" if self.peers is None else "peer"
 
     @property
     def gradient_stream(self) -> torch.cuda.Stream | None:
@@ -238,12 +242,13 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 f"wrapping replaced its parameters ({parameter._retired} is one): build it "
                 f"afterwards, from the wrapped model's parameters()"
             )
-    ours: dict[str, list[Any]] = {}
+    rings: dict[str, Ring] = {}
     for parameter in _our_parameters(optimizer):
-        ours.setdefault(parameter._ring, []).append(parameter)
-    for ring, parameters in [(_rings[key], ours[key]) for key in ours if key in _rings]:
-        for parameter in parameters:
-            ring.storages.check(parameter)
+        ring = _rings.get(parameter._ring)
+        if ring is not None:
+            assigned.check(parameter)
+            rings[ring.key] = ring
+    for ring in rings.values():
         ring.lockstep.verify("an optimizer step")
 
 

@@ -186,7 +186,7 @@ class RotatedTensorParallel(nn.Module):
         """``"peer"`` or ``"ring"``: how tiles move. The staging of peers on GPUs is memory that
         ``torch.cuda.memory_allocated()`` does not count.
         """
-        return "ring" if self._ring.peers is None else "peer"
+        return self._ring.transport_name
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -37,6 +37,13 @@ def by_ring(function: Rank) -> Rank:
     return cast(Rank, wrapped)
 
 
+#: What the compiler's own code is warned of, and hides from users.
+COMPILERS_WARNINGS = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning"),
+]
+
+
 def no_communication() -> Any:
     """A context in which no rotation may begin."""
     return patch.object(Ring, "begin", side_effect=AssertionError("no communication"))

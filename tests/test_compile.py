@@ -29,13 +29,9 @@ from rtp_wrap import (
 )
 from tests.parity import FP64, full, mean_square, sgd
 from tests.ranks import THOROUGH, WORLD_SIZES, device, run_ranks
-from tests.rotated import events
+from tests.rotated import COMPILERS_WARNINGS, events
 
-# What the compiler's own code is warned of, and hides from users.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning"),
-]
+pytestmark = COMPILERS_WARNINGS
 
 WIDTH = 8
 #: Weights rotate, biases and norms are replicated.

@@ -20,6 +20,7 @@ import rtp_wrap
 from rtp_wrap import Gather, RotatedTensorParallel, ShardingPolicy
 from tests.parity import mean_square
 from tests.ranks import device, run_ranks
+from tests.rotated import COMPILERS_WARNINGS
 from tests.test_compile import (
     POLICY,
     WIDTH,
@@ -34,11 +35,7 @@ from tests.test_compile import (
     train,
 )
 
-# What the compiler's own code is warned of, and hides from users.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning"),
-]
+pytestmark = COMPILERS_WARNINGS
 
 
 class Enabling(nn.Module):

@@ -16,12 +16,9 @@ from torch import nn
 from rtp_wrap import RotatedTensorParallel, ShardingPolicy
 from tests.parity import FP64, compare_gradients
 from tests.ranks import all_world_sizes, device, run_ranks
+from tests.rotated import COMPILERS_WARNINGS
 
-# What the compiler's own code is warned of, and hides from users.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:.* should not be instantiated:DeprecationWarning"),
-]
+pytestmark = COMPILERS_WARNINGS
 
 
 class Model(nn.Module):

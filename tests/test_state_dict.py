@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,26 @@ def _plain() -> None:
 @all_world_sizes
 def test_state_dict_loads_back_in_place_and_strictly(world_size: int) -> None:
     run_ranks(world_size, _plain)
+
+
+def _parameters_in_files(transport: str) -> None:
+    """What is remembered of a parameter in use is nothing that a file has, or has to be trusted."""
+    layer = nn.Linear(6, 8, device=device(), dtype=torch.float64)
+    policy = ShardingPolicy(replicate_below=0, transport=transport)
+    wrapped = RotatedTensorParallel(layer, policy=policy)
+    wrapped(torch.randn(2, 6, device=device(), dtype=torch.float64)).sum().backward()
+    saved = io.BytesIO()
+    torch.save(wrapped.state_dict(keep_vars=True), saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=True)
+    for name, parameter in wrapped.named_parameters():
+        assert torch.equal(loaded[name].to_local(), parameter.to_local())  # type: ignore[attr-defined]
+
+
+@all_world_sizes
+@pytest.mark.parametrize("transport", ["ring", "auto"])
+def test_parameters_in_use_are_saved_as_weights_only(world_size: int, transport: str) -> None:
+    run_ranks(world_size, _parameters_in_files, transport)
 
 
 def _options() -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from rtp_wrap import assigned
 from rtp_wrap.casting import cast_floats, cast_inputs
 from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.capture import Capture
@@ -30,6 +31,20 @@ from rtp_wrap.modules.misuse import (
 )
 from rtp_wrap.ops.captured import Order
 from rtp_wrap.policy import Rotate
+
+
+def _in_a_frame(method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method`` of an adopted module with its parameters as plain tensors."""
+
+    def run(self: Adopted, *args: Any, **kwargs: Any) -> Any:
+        if self._adoption is None:
+            return method(self, *args, **kwargs)
+        if self._captured is not None and torch.compiler.is_compiling():
+            return method(self, *args, **kwargs)
+        with Frame(self, self._adoption):
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class Adopted(nn.Module):
@@ -59,13 +74,9 @@ class Adopted(nn.Module):
         with Frame(self, self._adoption):
             return super().__call__(*args, **kwargs)
 
+    @_in_a_frame
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._adoption is None:
-            return super().forward(*args, **kwargs)
-        if self._captured is not None and torch.compiler.is_compiling():
-            return super().forward(*args, **kwargs)
-        with Frame(self, self._adoption):
-            return super().forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)
 
     def _capture(self, adoption: Adoption, order: Order) -> dict[str, Any]:
         """What a graph reads of this module; called in its frame, or in that of one above."""
@@ -104,19 +115,19 @@ class Adopted(nn.Module):
         """Its own parameters are new ones: from now on they are written in place only."""
         for name, parameter in self._parameters.items():
             if self._adoption is not None and isinstance(parameter, DTensor):
-                self._adoption.ring.storages.note(parameter, self._adoption.name(name))
+                assigned.note(parameter, self._adoption.name(name))
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         for parameter in self._parameters.values():
             if self._adoption is not None and isinstance(parameter, DTensor):
-                self._adoption.ring.storages.check(parameter)
+                assigned.check(parameter)
         super()._save_to_state_dict(*arguments)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *arguments: Any
     ) -> None:
         """Of whole tensors (a dense model's checkpoint) every rank loads its own part."""
-        adoption, assigned = self._adoption, local_metadata.get("assign_to_params_buffers", False)
+        adoption, assigns = self._adoption, local_metadata.get("assign_to_params_buffers", False)
         for name, strategy in adoption.strategies.items() if adoption else ():
             parameter, value = self._parameters.get(name), state_dict.get(prefix + name)
             if not (
@@ -126,7 +137,7 @@ class Adopted(nn.Module):
                 and value.shape == parameter.shape
             ):
                 continue  # torch has an error for other shapes
-            if assigned and isinstance(strategy, Rotate):  # else it is cast
+            if assigns and isinstance(strategy, Rotate):  # else it is cast
                 check_room(parameter.shape, value.dtype, adoption.name(name), adoption.ring)
             if not isinstance(value, DTensor):
                 state_dict[prefix + name] = own_part(value, parameter, adoption.ring)
@@ -257,18 +268,6 @@ def _with_casts(method: Callable[..., Any]) -> Callable[..., Any]:
         if precision.output_dtype is not None and self._adoption.at_root:
             output = cast_floats(output, precision.output_dtype)
         return output
-
-    return run
-
-
-def _in_a_frame(method: Callable[..., Any]) -> Callable[..., Any]:
-    def run(self: Adopted, *args: Any, **kwargs: Any) -> Any:
-        if self._adoption is None:
-            return method(self, *args, **kwargs)
-        if self._captured is not None and torch.compiler.is_compiling():
-            return method(self, *args, **kwargs)
-        with Frame(self, self._adoption):
-            return method(self, *args, **kwargs)
 
     return run
 

@@ -149,7 +149,7 @@ def read(parameter: nn.Parameter, strategy: Strategy, adoption: Adoption, fqn: s
     # tells that a backward is running in this thread; torch.utils.checkpoint asks the same.
     if not stack and torch._C._current_graph_task_id() == -1:
         return parameter
-    ours = check_in_place(parameter, fqn, ring)
+    ours = check_in_place(parameter, fqn)
     dtype = adoption.precision.compute_dtype(ours.dtype)
     if isinstance(strategy, Replicate):
         if stack:

@@ -11,6 +11,7 @@ from torch import nn
 from torch._functorch import config as partitioning
 from torch.distributed.tensor import DTensor
 
+from rtp_wrap import assigned
 from rtp_wrap.policy import Rotate
 from rtp_wrap.ring import Ring
 from rtp_wrap.transport.room import staging_for, tile_itemsize
@@ -23,11 +24,11 @@ _WRITING = (
 )
 
 
-def check_in_place(parameter: Any, fqn: str, ring: Ring) -> DTensor:
+def check_in_place(parameter: Any, fqn: str) -> DTensor:
     """The managed parameter, if it still is one: a forward is about to use it."""
     if isinstance(parameter, DTensor):
-        if not ring.storages.check(parameter):
-            ring.storages.note(parameter, fqn)  # torch.utils.swap_tensors has put it there
+        if not assigned.check(parameter):
+            assigned.note(parameter, fqn)  # torch.utils.swap_tensors has put it there
         return parameter
     if parameter is None:
         how = "it was taken away"
@@ -98,9 +99,8 @@ def check_room(shape: torch.Size, dtype: torch.dtype, fqn: str, ring: Ring) -> N
     """
     if ring.world_size == 1:
         return
-    transport = "ring" if ring.peers is None else "peer"
-    tile = math.prod(shape[2:]) * tile_itemsize(dtype, ring.precision, transport)
-    needed = staging_for(tile, ring.world_size, transport)
+    tile = math.prod(shape[2:]) * tile_itemsize(dtype, ring.precision, ring.transport_name)
+    needed = staging_for(tile, ring.world_size, ring.transport_name)
     if needed > ring.staging_bytes:
         raise RuntimeError(
             f"{fqn} cannot become {dtype}: its smallest tile, one kernel, would have {tile} bytes "

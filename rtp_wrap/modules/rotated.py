@@ -26,9 +26,8 @@ class Rotated(Adopted):
 
     def home(self, name: str) -> DTensor:
         """The home shard of a parameter, where the attribute would be the whole."""
-        adoption = self._adoption
-        assert adoption is not None
-        return check_in_place(self._parameters.get(name), adoption.name(name), adoption.ring)
+        assert self._adoption is not None
+        return check_in_place(self._parameters.get(name), self._adoption.name(name))
 
     @property
     def site(self) -> str:

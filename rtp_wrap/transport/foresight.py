@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from rtp_wrap.attached import Attached
 from rtp_wrap.transport.cells import Cell
 
 #: How a weight is visited: the event, the dtype of its tiles, and whether it is read.
 Way = tuple[str, torch.dtype, bool]
 
 
-class Visited:
+class Visited(Attached):
     """Of a weight: its home shard, its versions, and its visits.
 
     It is an attribute of the weight, lives as long, and does not refer to it: a cycle would wait
@@ -33,7 +33,7 @@ class Visited:
     def of(cls, weight: DTensor) -> Visited:
         """That of ``weight``."""
         known: Visited | None = vars(weight).get("_visited")
-        if known is None or known.home is not weight._local_tensor:
+        if not known or known.home is not weight._local_tensor:
             weight._visited = known = cls(weight)  # type: ignore[attr-defined]
         return known
 
@@ -41,10 +41,6 @@ class Visited:
     def versions(self) -> tuple[int, int]:
         """Other ones after any write that torch counts; see ``versions_of``."""
         return self._counter._version, self.home._version
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Copies of the weight begin without."""
-        return type(None), ()
 
 
 class Visit:
