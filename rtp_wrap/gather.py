@@ -29,12 +29,7 @@ def gather(parameter: DTensor, ring: Ring, fqn: str, dtype: torch.dtype) -> torc
     All ranks of the ring must call it together, and run its backward together.
     """
     if torch.is_grad_enabled() and parameter.requires_grad:
-        alias: torch.Tensor = parameter
-        if ring.gradient_stream is not None:
-            # Where rotated weights' gradients come from: a parameter that is both has one place.
-            with torch.cuda.stream(ring.gradient_stream):
-                alias = parameter.view_as(parameter)
-        whole: torch.Tensor = _Gather.apply(alias, [parameter], ring, fqn, dtype)
+        whole: torch.Tensor = _Gather.apply(parameter, ring, fqn, dtype)
         return whole
     return _whole(parameter, ring, "gather", fqn, dtype)
 
@@ -53,14 +48,8 @@ def _whole(
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        alias: DTensor,
-        parameters: list[DTensor],
-        ring: Ring,
-        fqn: str,
-        dtype: torch.dtype,
+        ctx: Any, parameter: DTensor, ring: Ring, fqn: str, dtype: torch.dtype
     ) -> torch.Tensor:
-        (parameter,) = parameters  # in a list, where autograd does not look
         ctx.ring, ctx.fqn, ctx.parameter, ctx.dtype = ring, fqn, parameter, dtype
         ctx.written = WriteCheck(parameter, fqn, ctx.ring)
         whole = _whole(parameter, ring, "gather", fqn, dtype)
@@ -68,7 +57,7 @@ class _Gather(torch.autograd.Function):
         return whole.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor, None, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor, None, None, None]:
         refuse_double_backward(ctx.fqn)
         ctx.written.check()
         ring: Ring = ctx.ring
@@ -78,7 +67,7 @@ class _Gather(torch.autograd.Function):
             ring.regathered = regathered  # its module may still need the others
         with profiler_range("reduce-scatter", ctx.fqn):
             gradient = _reduce_scattered(grad, ctx.parameter, ring)
-        return gradient, None, None, None, None
+        return gradient, None, None, None
 
 
 def _reduce_scattered(grad: torch.Tensor, parameter: DTensor, ring: Ring) -> DTensor:

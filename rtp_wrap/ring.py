@@ -118,11 +118,6 @@ class Ring:
         """As a policy names it."""
         return "ring" if self.peers is None else "peer"
 
-    @property
-    def gradient_stream(self) -> torch.cuda.Stream | None:
-        """Where gradients of rotated weights are finished, if not where the rest is computed."""
-        return None if self.peers is None else self.peers.gradient_stream
-
     def begin(self, event: str) -> None:
         """Every communicating operation starts here, with a line of its own for the lockstep.
 
@@ -186,32 +181,8 @@ class Ring:
 
 
 def register(parameter: torch.Tensor, ring: Ring) -> None:
-    """Mark a parameter as one of the ring's, for the optimizers' hooks.
-
-    And keep the memory of its gradients until the stream on which autograd adds them up is done
-    with it. Autograd does that itself for plain tensors, and would not for these, be they the
-    ring's or those of a penalty on the parameter in the user's loss.
-    """
+    """Mark a parameter as one of the ring's, for the optimizers' hooks."""
     parameter._ring = ring.key  # type: ignore[attr-defined]
-    stream = ring.gradient_stream
-    if stream is not None and parameter.requires_grad:
-        hooks: dict[int, Any] = parameter._backward_hooks or {}
-        if not any(isinstance(hook, _Keeper) for hook in hooks.values()):
-            parameter.register_hook(_Keeper(stream))
-
-
-class _Keeper:
-    """A hook that leaves a gradient as it is, but for its memory."""
-
-    #: Copies and pickles of the parameter do without it, and need not warn of that.
-    __torch_unserializable__ = True
-
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
-
-    def __call__(self, gradient: torch.Tensor) -> None:
-        if isinstance(gradient, DTensor):
-            gradient._local_tensor.record_stream(self._stream)
 
 
 def retire(parameter: torch.nn.Parameter, fqn: str) -> None:

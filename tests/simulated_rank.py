@@ -13,13 +13,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
 from torch.distributed.tensor import Shard
 
 from rtp_wrap.ops import pull
+from rtp_wrap.ops.gradient import SITES_BETWEEN
 from rtp_wrap.policy import MixedPrecisionPolicy
 from rtp_wrap.ring import Ring
 from rtp_wrap.shard import Tile, TileGrid
@@ -178,12 +179,14 @@ class Rank:
                 needs_dx = place > 0 and name not in self._world.reads
                 with self._graph_task() if place in nested else nullcontext():
                     checks.append(self._derive(name, needs_dx, raising=place == raising))
+                if len(checks) > SITES_BETWEEN:
+                    checks.pop(0)()
 
     @contextmanager
     def _graph_task(self) -> Iterator[list[Check]]:
-        """A backward as autograd runs it; unless it raised, it ends with waiting and calling back.
+        """A backward as autograd runs it; unless it raised, it ends with calling back.
 
-        In the end its ``Check``s are enqueued.
+        Before that it runs what is left of its ``Check``s: they are the weights' nodes.
         """
         machine = self._machine
         around = machine.backward, machine.callbacks
@@ -192,14 +195,12 @@ class Rank:
         checks: list[Check] = []
         try:
             yield checks
-            if self.peers.gradient_stream is not None:
-                self.current.wait_stream(self.peers.gradient_stream)
+            for check in checks:
+                check()
             for call_back in machine.callbacks:
                 call_back()
         finally:
             machine.backward, machine.callbacks = around
-        for check in checks:
-            check()
 
     def write(self, *names: str) -> None:
         """As an optimizer's step does; to all weights if there are no names."""
@@ -240,7 +241,7 @@ class Rank:
             pull.forward(self._ring, event, weight, weight.dtype, product)
 
     def _derive(self, name: str, needs_dx: bool, *, raising: bool) -> Check:
-        """The backward of a layer; returns what compares its gradient."""
+        """The backward of a layer; returns what waits for its gradient, and compares that."""
         weight, machine = self._weights[name], self._machine
         self._parts += 1
         part = self._parts
@@ -270,8 +271,14 @@ class Rank:
             mean = value((1 + self._world.world_size) / 2)
             return bool(gradient.eq(mean).all())
 
-        what = f"gradient {name}"
-        return partial(machine.enqueue, None, what, reads=[gradient], run=is_mean)
+        ready = self.peers.averaged()
+
+        def check() -> None:
+            if ready is not None:
+                self.current.wait_event(cast(Any, ready))
+            machine.enqueue(None, f"gradient {name}", reads=[gradient], run=is_mean)
+
+        return check
 
     def _look(self, what: str, weight: _Weight, tile: Tile, values: torch.Tensor) -> None:
         is_now = partial(weight.is_now, tile, values)

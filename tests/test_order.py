@@ -375,6 +375,7 @@ BREAKS: dict[str, Callable[[], Any]] = {
     ),
     "a pass that does not end": lambda: patch.object(PeerTransport, "end_pass", _nothing),
     "an epoch that does not begin": lambda: patch.object(PeerTransport, "_begin_epoch", _nothing),
+    "averages that nothing waits for": lambda: patch.object(PeerTransport, "averaged", _nothing),
     "an exception that is not settled": lambda: patch.object(PeerTransport, "settle", _nothing),
 }
 

@@ -16,14 +16,13 @@ node, which is made outside, on the stream where gradients are finished (see ``g
 from __future__ import annotations
 
 import itertools
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.ops.gradient import RotatingWeight, token_of
+from rtp_wrap.ops.gradient import Gradient, RotatingWeight, token_of
 from rtp_wrap.ops.linear import Layout, check_features, flat, linear_backward, linear_forward
 from rtp_wrap.ops.rotate import autocast_dtype, check_dtype, without_autocast
 from rtp_wrap.ring import Ring
@@ -45,7 +44,7 @@ class CapturedLinear:
         self.weight: DTensor | None = None
         self._order: Order | None = None
         # What the operators of a backward have found so far, by its number: they may be nested.
-        self._pending: dict[int, DTensor] = {}
+        self._pending: dict[int, Gradient] = {}
         _layers[number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -69,14 +68,13 @@ class CapturedLinear:
         self._order.provide()
         return self.weight
 
-    def put(self, gradient: DTensor) -> None:
+    def put(self, gradient: Gradient) -> None:
         """Leave a gradient for the weight's node; of several uses in one backward their sum."""
         backward = torch._C._current_graph_task_id()  # no public call tells
         if backward in self._pending:
-            before, stream = self._pending[backward], self.ring.gradient_stream
-            with nullcontext() if stream is None else torch.cuda.stream(stream):
-                total = before._local_tensor + gradient._local_tensor
-            gradient = dtensor_like(total, gradient)
+            before, its = self._pending[backward].wait(), gradient.wait()
+            total = dtensor_like(before._local_tensor + its._local_tensor, its)
+            gradient = Gradient(total, ready=None)
         elif backward != -1:
 
             def drop() -> None:
@@ -88,7 +86,8 @@ class CapturedLinear:
 
     def take(self) -> DTensor | None:
         """What was left, if the node of another call has not taken it together with its own."""
-        return self._pending.pop(torch._C._current_graph_task_id(), None)
+        gradient = self._pending.pop(torch._C._current_graph_task_id(), None)
+        return None if gradient is None else gradient.wait()
 
 
 class Order:

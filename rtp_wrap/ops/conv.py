@@ -40,7 +40,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
-from rtp_wrap.ops.gradient import RotatingWeight, rotating
+from rtp_wrap.ops.gradient import Gradient, RotatingWeight, rotating
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import in_layers_dtype, rotate_backward, rotate_forward, without_autocast
 from rtp_wrap.ring import Ring
@@ -191,7 +191,7 @@ def _backward(
     dy: torch.Tensor,
     dx: torch.Tensor | None,
     weight: DTensor,
-) -> DTensor | None:
+) -> Gradient | None:
     """Fill ``dx``, if there is one; return ``dW`` if there is an ``x`` to make it of."""
     begun: set[tuple[int, int]] = set()  # input channels that have a sum already
 

@@ -32,7 +32,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
-from rtp_wrap.ops.gradient import RotatingWeight, rotating
+from rtp_wrap.ops.gradient import Gradient, RotatingWeight, rotating
 from rtp_wrap.ops.lookup import Lookup
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import rotate_backward, rotate_forward, without_autocast
@@ -146,7 +146,7 @@ def _backward(
     weight: DTensor,
     padding_idx: int | None,
     scale_grad_by_freq: bool,
-) -> DTensor | None:
+) -> Gradient | None:
     def wgrad(tile: Tile, start: torch.Tensor | None, out: torch.Tensor, scale: float) -> None:
         if not len(ids):  # nothing to add, and no kernel to launch on nothing
             out.zero_() if start is None else out.copy_(start)

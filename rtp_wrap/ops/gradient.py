@@ -1,20 +1,44 @@
 """The gradient of a rotated weight, as an autograd node of its own.
 
 A rotation's backward computes the gradients of the input and of the weight, but the latter may be
-finished on another stream (see ``transport.peer``). Autograd synchronises streams between nodes: so
-the weight has a node on that stream, to which the rotation's backward leaves ``dW``, and whoever
-takes it from there (an existing ``.grad``, hooks, ``autograd.grad``, what follows ``backward()``)
-waits for it, on the device and not before.
+finished later, beside the computation (see ``transport.peer``), which has to wait for it before
+anybody takes it: for a sum with another one, a hook, ``.grad``, ``autograd.grad``. So the weight
+has a node, which autograd runs a few sites after the rotation's. By then the gradient has come, or
+almost, and waiting for it takes the device no time.
+
+All of autograd's own work is on the computation's stream like that. With nodes on the stream where
+gradients are finished autograd would add them up there, and it does not record that for DTensors:
+what it has added to another gradient would be overwritten before it is read.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.ring import Ring
+
+#: The computation may not be further ahead of the averages anyway: their staging has three slots.
+SITES_BETWEEN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """An averaged gradient, which is there when ``ready`` is; ``None`` if it is there."""
+
+    value: DTensor
+    ready: torch.cuda.Event | None
+
+    def wait(self) -> DTensor:
+        """It, for work on the current stream, which waits; the host does not."""
+        if self.ready is not None:
+            torch.cuda.current_stream(self.value.device).wait_event(self.ready)
+        return self.value
 
 
 class RotatingWeight:
@@ -24,17 +48,17 @@ class RotatingWeight:
 
     def __init__(self, weight: DTensor, ring: Ring) -> None:
         self.weight = weight
-        self._gradient: DTensor | None = None
+        self._gradient: Gradient | None = None
         self._token_gradient = ring.no_gradient
 
-    def put(self, gradient: DTensor | None) -> torch.Tensor | None:
+    def put(self, gradient: Gradient | None) -> torch.Tensor | None:
         """Leave the gradient for the weight's node; returns that of the token."""
         self._gradient = gradient
         return None if gradient is None else self._token_gradient
 
     def take(self) -> DTensor | None:
         gradient, self._gradient = self._gradient, None
-        return gradient
+        return None if gradient is None else gradient.wait()
 
 
 def rotating(weight: DTensor, ring: Ring) -> tuple[torch.Tensor | None, RotatingWeight]:
@@ -50,15 +74,32 @@ def token_of(use: RotatingWeight, ring: Ring) -> torch.Tensor | None:
     """What stands in for the weight of ``use``; its gradient's node takes from ``use``."""
     if not (torch.is_grad_enabled() and use.weight.requires_grad):
         return None
-    stream = ring.gradient_stream
-    if stream is None:
-        return _WeightNode.apply(use.weight, use, ring)
-    computation = torch.cuda.current_stream(ring.device.index)
-    torch.cuda.set_stream(stream)  # a context manager takes longer
-    try:
-        return _WeightNode.apply(use.weight, use, ring)
-    finally:
-        torch.cuda.set_stream(computation)
+    token: torch.Tensor = _WeightNode.apply(use.weight, use, ring)
+    if ring.peers is not None:
+        _put_off(token.grad_fn)
+    return token
+
+
+class _Numbers(threading.local):
+    """Of the last weights' nodes of this thread; each thread counts its own nodes."""
+
+    def __init__(self) -> None:
+        self.last: deque[int] = deque(maxlen=SITES_BETWEEN)
+
+
+_numbers = _Numbers()
+
+
+def _put_off(node: Any) -> None:
+    """Have ``node`` run when the backward of the site ``SITES_BETWEEN`` before its own has run.
+
+    Of the nodes that are ready autograd runs the youngest, the one with the highest number. So a
+    node with that of an older one comes later, and any number is right. No public call sets it.
+    """
+    last = _numbers.last
+    number = node._sequence_nr()
+    node._set_sequence_nr(last[0] if len(last) == SITES_BETWEEN else 0)
+    last.append(number)
 
 
 class _WeightNode(torch.autograd.Function):

@@ -35,7 +35,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
-from rtp_wrap.ops.gradient import RotatingWeight, rotating
+from rtp_wrap.ops.gradient import Gradient, RotatingWeight, rotating
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import in_layers_dtype, rotate_backward, rotate_forward, without_autocast
 from rtp_wrap.ring import Ring
@@ -234,7 +234,7 @@ def linear_backward(
     dys: Sequence[torch.Tensor],
     weight: DTensor,
     needs_dx: Sequence[bool],
-) -> tuple[list[torch.Tensor | None], DTensor | None]:
+) -> tuple[list[torch.Tensor | None], Gradient | None]:
     """``dx`` of each input that needs it, and ``dW`` if there are ``xs`` to make it of."""
     features = weight.shape[0 if layout.transposed else 1]
     dxs = [

@@ -12,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.ops import hop, pull
+from rtp_wrap.ops.gradient import Gradient
 from rtp_wrap.ops.products import Product, Reader, WeightGradient
 from rtp_wrap.profiling import profiler_range
 from rtp_wrap.ring import Ring
@@ -57,18 +58,20 @@ def rotate_backward(
     dtype: torch.dtype,
     dgrad: Product | None,
     wgrad: WeightGradient | None,
-) -> DTensor | None:
+) -> Gradient | None:
     """Call ``dgrad`` with every tile, and ``wgrad`` for its gradient; returns ``dW``, averaged.
 
     Either may be ``None`` where its result is not needed. Sums over ranks are in
-    ``accumulator_dtype`` of the ring's precision policy. ``dW`` is finished on the ring's
-    ``gradient_stream``.
+    ``accumulator_dtype`` of the ring's precision policy. ``dW`` may still be on its way.
     """
     by = hop if ring.peers is None else pull
     event = f"{fqn} backward ({'dx' if dgrad else ''} {'dw' if wgrad else ''})"
     with profiler_range("backward", fqn):
         dw = by.backward(ring, event, weight, dtype, dgrad, wgrad)
-    return None if dw is None else dtensor_like(dw, weight)
+    if dw is None:
+        return None
+    ready = None if ring.peers is None else ring.peers.averaged()
+    return Gradient(dtensor_like(dw, weight), ready)
 
 
 def in_layers_dtype(

@@ -131,7 +131,7 @@ class PeerTransport:
         parts = Area(WEIGHTS * room, room, PARTS)
         self._gradients = Lane(memory, 1, self._stream(), parts)
         self._landings = Area((WEIGHTS + PARTS) * room, room, LANDING)
-        #: Where gradients are finished, if not on the stream of the computation.
+        #: Where gradients are averaged, if not on the stream of the computation.
         self.gradient_stream = self._stream()
         if self._concurrent:
             self._averaged = Events()
@@ -367,11 +367,11 @@ class PeerTransport:
         return come
 
     def gradient(self, home: torch.Tensor) -> torch.Tensor:
-        """Memory for the gradient of a home shard, to be finished on ``gradient_stream``."""
+        """Memory for the gradient of a home shard, which ``average`` writes to."""
         gradient = torch.empty_like(home, memory_format=torch.contiguous_format)
         if self.gradient_stream is not None:
-            # The memory is the computation's, as activations leave it room in backward. Autograd
-            # may drop it, having added it to another, before that stream is done with it.
+            # The memory is the computation's, as activations leave it room in backward. A backward
+            # that raises may drop it before that stream is done with it.
             gradient.record_stream(self.gradient_stream)
         return gradient
 
@@ -405,6 +405,14 @@ class PeerTransport:
         finally:
             torch.cuda.set_stream(computation)
         self._averaged.of(number).record(finish)
+
+    def averaged(self) -> torch.cuda.Event | None:
+        """When all averages so far are done; ``None`` where the computation makes them itself."""
+        if self.gradient_stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self.gradient_stream)
+        return event
 
     def _put_mean(
         self, cell: Cell, parts: Parts, landing: Landing, gradient: torch.Tensor, sums: torch.dtype
