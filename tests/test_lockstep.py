@@ -139,7 +139,7 @@ class Branching(nn.Module):
 
 def _branches(how: str, right: int = 4) -> str:
     policy = {"*": Replicate()} if how == "replicate" else {"*": Gather()}
-    group = dist.new_group(timeout=timedelta(seconds=2))
+    group = dist.new_group(timeout=timedelta(seconds=20))
     wrapped = RotatedTensorParallel(
         Branching(right).to(device()), group, policy=ROTATE if how == "rotate" else policy
     )

@@ -175,7 +175,7 @@ def test_a_layer_sees_its_weight_as_it_is(world_size: int) -> None:
 
 
 def _written_by_one() -> str:
-    group = dist.new_group(timeout=timedelta(seconds=2))
+    group = dist.new_group(timeout=timedelta(seconds=20))
     # Without biases, which one rank would wait for in NCCL, where destroying the group hangs then.
     _, wrapped, x = _ordered(group, bias=False)
     with torch.no_grad():

@@ -94,11 +94,13 @@ def _put_off(node: Any) -> None:
     """Have ``node`` run when the backward of the site ``SITES_BETWEEN`` before its own has run.
 
     Of the nodes that are ready autograd runs the youngest, the one with the highest number. So a
-    node with that of an older one comes later, and any number is right. No public call sets it.
+    node with that of an older one comes later, and any number is right. But those of weights always
+    have one order, or the gradients of several uses would be added in another, and differ in the
+    last bit. No public call sets a number.
     """
     last = _numbers.last
     number = node._sequence_nr()
-    node._set_sequence_nr(last[0] if len(last) == SITES_BETWEEN else 0)
+    node._set_sequence_nr(last[0] if len(last) == SITES_BETWEEN else len(last))
     last.append(number)
 
 

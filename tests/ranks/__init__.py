@@ -44,6 +44,7 @@ __all__ = [
     "device",
     "in_turns",
     "multi_world_sizes",
+    "replace_ranks",
     "run_ranks",
     "shutdown",
 ]
@@ -122,6 +123,12 @@ def run_ranks(
     if any_failed(outcomes) and not return_exceptions:
         raise RankError(outcomes)
     return [o if isinstance(o, Failure) else pickle.loads(o) for o in outcomes]
+
+
+def replace_ranks(world_size: int) -> None:
+    """After a test that leaves behind what the next ones must not see; launched ranks stay."""
+    if not LAUNCHED and world_size in _runners:
+        _runners.pop(world_size).close()
 
 
 def shutdown() -> None:
