@@ -60,7 +60,7 @@ def _train(
 
 
 def _run_unlike(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """For ranks that wrap unlike numbers of models: on GPUs no group of theirs can be peers then."""
+    """For ranks that wrap unlike numbers of models: on GPUs no group of theirs is peers then."""
     try:
         return run_ranks(world_size, function, *args)
     finally:
