@@ -38,6 +38,12 @@ PEER_STAGING_BYTES = 896 << 20
 #: Default with ``inplace=True``: two tiles of 8 MiB in forward, three of 5 in backward.
 INPLACE_STAGING_BYTES = 16 << 20
 
+#: Where the policy leaves it open, of ten layers one may be cut that would fit whole: staging for
+#: all would be for the table of embeddings and the head, which are a few more pieces of a step.
+WHOLE_LAYERS = 0.9
+#: But not into pieces for which transfers are slow.
+MIN_DEFAULT_STAGING_BYTES = 224 << 20
+
 _DEFAULTS = {"ring": STAGING_BYTES, "peer": PEER_STAGING_BYTES}
 
 
@@ -89,8 +95,9 @@ def plan_of(
     for transport in transports:
         default = INPLACE_STAGING_BYTES if inplace else _DEFAULTS[transport]
         limit = policy.staging_bytes or default
+        whole = 1.0 if policy.staging_bytes else WHOLE_LAYERS
         try:
-            needed = _staging_bytes(parameters, world_size, precision, limit, transport)
+            needed = _staging_bytes(parameters, world_size, precision, limit, whole, transport)
             break
         except ValueError:
             if transport == transports[-1]:
@@ -214,13 +221,14 @@ def _staging_bytes(
     world_size: int,
     precision: MixedPrecisionPolicy,
     limit: int,
+    whole: float,
     transport: str,
 ) -> int:
-    """The limit, or what the largest rotated layer can use if that is less.
+    """The limit, or less: what it takes so that of the rotated layers a part ``whole`` is not cut.
 
     Raises ``ValueError`` if a tile of one kernel does not fit.
     """
-    largest = 0
+    sizes: list[int] = []
     for each in parameters:
         if isinstance(each.home, Rotate) and world_size > 1:
             itemsize = tile_itemsize(each.dtype, precision, transport)
@@ -232,5 +240,10 @@ def _staging_bytes(
                     f"kernel of {kernel} elements, which needs staging_bytes of at least {needed}; "
                     f"the policy has {limit}. Raise it, or Gather() this layer"
                 )
-            largest = max(largest, math.prod(each.shard_shape(world_size)) * itemsize)
-    return min(limit, staging_for(largest, world_size, transport)) if largest else 0
+            shard = math.prod(each.shard_shape(world_size)) * itemsize
+            sizes.append(staging_for(shard, world_size, transport))
+    if not sizes:
+        return 0
+    sizes.sort()
+    enough = max(sizes[math.ceil(whole * len(sizes)) - 1], MIN_DEFAULT_STAGING_BYTES)
+    return min(limit, sizes[-1], enough)

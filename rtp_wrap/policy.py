@@ -86,8 +86,9 @@ class ShardingPolicy:
         where a rotated form exists, else gathered.
     ``staging_bytes``
         the memory for tiles in flight, in bytes per rank, all layers together; larger shards are
-        cut to fit. Default: 896 MiB where tiles are pulled from peers, 128 MiB where they go round
-        a ring, or 16 MiB with ``inplace=True``; never more than the largest rotated layer can use.
+        cut to fit, and never more is taken than the largest can use. Default: 896 MiB where tiles
+        are pulled from peers, 128 MiB where they go round a ring, or 16 MiB with ``inplace=True``;
+        less, down to 224 MiB, where nine of ten layers need not be cut for that.
     ``transport``
         ``"peer"``: tiles are pulled out of the memory of the rank that has them, by copy engines
         between GPUs. ``"ring"``: they go from rank to rank, by the group's backend. ``"auto"``:

@@ -259,3 +259,26 @@ def _check_refused() -> None:
 @multi_world_sizes
 def test_a_plan_for_another_model_is_refused(world_size: int) -> None:
     run_ranks(world_size, _check_refused)
+
+
+MIB = 1 << 20
+
+
+def _staging(layers: int, width: int, vocab: int, **policy: Any) -> float:
+    """MiB of a model's default on eight peers: square layers, and one with a row per token."""
+    with torch.device("meta"):
+        squares = [nn.Linear(width, width, bias=False) for _ in range(layers)]
+        model = nn.Sequential(*squares, nn.Linear(width, vocab, bias=False))
+    policy_ = ShardingPolicy(transport="peer", **policy)
+    return rtp_wrap.plan(model, world_size=8, policy=policy_).staging_bytes / MIB
+
+
+def test_the_default_staging_is_for_most_layers() -> None:
+    """Seven slots: of 64 MiB, for layers of 4096 × 4096 in fp32, whatever the vocabulary is."""
+    assert _staging(9, width=4096, vocab=50_000) == 7 * 64
+    assert _staging(8, width=4096, vocab=50_000) == 896, "one in nine is more than one in ten"
+    assert _staging(9, width=4096, vocab=1) == 7 * 64
+    assert _staging(9, width=16384, vocab=50_000) == 896
+    assert _staging(9, width=512, vocab=500_000) == 224, "no pieces below 32 MiB"
+    assert _staging(9, width=512, vocab=512) == 7, "but no more than there is use for"
+    assert _staging(9, width=4096, vocab=50_000, staging_bytes=2000 * MIB) == 2000
