@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial
 
 from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.profiling import profiler_range
 from rtp_wrap.ring import Ring
+from rtp_wrap.shard import extent, sharded_dim
 from rtp_wrap.written import WriteCheck
 
 
@@ -41,8 +43,31 @@ def _whole(
     # Not in inference mode, under which torch 2.11 cannot redistribute a DTensor.
     with profiler_range(operation, fqn), torch.inference_mode(False), torch.no_grad():
         source: Any = parameter if dtype == parameter.dtype else parameter.to(dtype)
+        if ring.device.type == "cpu" and ring.world_size > 1:
+            return _all_gathered(source, ring)
         whole: torch.Tensor = DTensor.full_tensor(source)
         return whole
+
+
+def _all_gathered(source: DTensor, ring: Ring) -> torch.Tensor:
+    """What ``full_tensor`` returns, by another collective: a row of those corrupts Gloo's heap.
+
+    The two threads of a Gloo group put down the name of the collective that they finished in one
+    ``std::string``, without a lock (torch 2.11 and 2.13). They do so after whoever waits for it has
+    gone on, so the other thread may be there with the next one. "ALLGATHER_COALESCED" is more than
+    the 15 characters that need no memory of their own, and that memory is then freed twice.
+    """
+    dim, shape = sharded_dim(source), source.shape
+    rows = extent(shape[dim], ring.world_size, 0)[1]  # of rank 0, which has the most
+    local = source._local_tensor
+    padded = local.new_empty((*shape[:dim], rows * ring.world_size, *shape[dim + 1 :]))
+    parts = padded.tensor_split(ring.world_size, dim)
+    own = local
+    if local.shape[dim] < rows:
+        own = torch.empty_like(parts[0])
+        own.narrow(dim, 0, local.shape[dim]).copy_(local)
+    dist.all_gather(list(parts), own.contiguous(), group=ring.group)
+    return padded.narrow(dim, 0, shape[dim]).contiguous()
 
 
 class _Gather(torch.autograd.Function):

@@ -247,6 +247,7 @@ class Wire(TorchDispatchMode):
         self.factors = {  # of the first tensor's bytes
             "c10d::send": 1.0,
             "c10d::allreduce_": 2 * (ranks - 1) / ranks,
+            "c10d::allgather_": ranks - 1,
             "c10d::_allgather_base_": (ranks - 1) / ranks,
             "c10d::_reduce_scatter_base_": ranks - 1,
             "_c10d_functional::all_reduce": 2 * (ranks - 1) / ranks,

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if __name__ == "__main__":
     raise SystemExit(pytest.main([__file__]))
@@ -21,7 +22,7 @@ if __name__ == "__main__":
 import rtp_wrap.gather
 from rtp_wrap import Gather, Replicate, RotatedTensorParallel
 from tests.parity import check_parity, compare_gradients, compare_weights, full, mean_square, sgd
-from tests.ranks import all_world_sizes, device, multi_world_sizes, run_ranks
+from tests.ranks import DEVICE_TYPE, all_world_sizes, device, multi_world_sizes, run_ranks
 from tests.rotated import events
 
 GATHERED = {"*": Gather()}
@@ -309,6 +310,38 @@ def _check_gathers() -> None:
 @multi_world_sizes
 def test_a_module_gathers_once_forward_and_once_backward(world_size: int) -> None:
     run_ranks(world_size, _check_gathers)
+
+
+class _Collectives(TorchDispatchMode):
+    """The names of the collectives that are started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not any(issubclass(each, DTensor) for each in types):
+            if func.namespace in ("c10d", "_c10d_functional"):
+                self.names[func._schema.name] += 1
+            return func(*args, **(kwargs or {}))
+        return NotImplemented  # first what it makes of it
+
+
+def _check_collectives() -> None:
+    for dim in (0, 1):
+        policy = {"weight": Gather(dim), "bias": Gather()}
+        wrapped = RotatedTensorParallel(nn.Linear(5, 7), policy=policy)
+        with _Collectives() as collectives:
+            wrapped(torch.randn(3, 5, requires_grad=True)).sum().backward()
+        # The weight, the bias, and the weight again.
+        assert collectives.names["c10d::allgather_"] == 3, collectives.names
+        assert collectives.names["_c10d_functional::all_gather_into_tensor"] == 0
+
+
+@pytest.mark.skipif(DEVICE_TYPE != "cpu", reason="of Gloo")
+@multi_world_sizes
+def test_gloo_does_not_get_the_collective_that_corrupts_its_heap(world_size: int) -> None:
+    run_ranks(world_size, _check_collectives)
 
 
 class Renormalised(nn.Module):

@@ -71,8 +71,8 @@ def _traced(transport: str) -> dict[str, tuple[list[str], list[str]]]:
 #: What each range has in it: a pattern that one of torch's own events matches.
 EXPECTED = {
     "RTP::forward (layers.0.up)": r"^aten::(add)?mm$",
-    "RTP::gather (down.weight)": "all_gather",
-    "RTP::gather for backward (down.weight)": "all_gather",
+    "RTP::gather (down.weight)": "all_?gather",
+    "RTP::gather for backward (down.weight)": "all_?gather",
     "RTP::reduce-scatter (down.weight)": "reduce_scatter",
     "RTP::average (layers.0.norm.weight and 1 more)": "allreduce",
     "RTP::backward (layers.0.up)": r"^aten::(add)?mm$",
