@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from rtp_wrap import RotatedTensorParallel
 from tests.ranks import device
@@ -30,7 +30,16 @@ Batch = Callable[[int, int], tuple[Any, ...]]
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor, of a DTensor or a plain one. All ranks call it together."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    (placement,) = tensor.placements
+    if not isinstance(placement, Shard) or tensor.device.type != "cpu" or tensor.requires_grad:
+        return tensor.full_tensor()
+    # Not that in a row: Gloo corrupts the heap by it (see ``rtp_wrap.gather``).
+    local = tensor.to_local().movedim(placement.dim, 0)
+    shards: list[Any] = [None] * tensor.device_mesh.size()
+    dist.all_gather_object(shards, local.contiguous(), group=tensor.device_mesh.get_group())
+    return torch.cat(shards).movedim(0, placement.dim).contiguous()
 
 
 def mean_square(output: Any) -> torch.Tensor:
