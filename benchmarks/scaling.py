@@ -4,11 +4,12 @@
     python benchmarks/scaling.py --predict-only runs/scaling/scaling.json --network-gbps 200
 
 Every rank has the same batch at any N, so that efficiency is tokens/s per rank against those of one
-rank. The prediction is the formula in harness/communication.py. What it goes by is measured in the
-same run: hops and all-gathers by size, products beside a hop, the step on one rank, plain and of
-rtp_wrap, and its optimizer. It does not see the steps at N > 1: those are its test, and the table
-has the error of each. Beyond one node it goes by --network-gbps and --network-latency-us, which are
-assumptions.
+rank. "rtp" pulls tiles from peers where it can, "rtp-ring" sends them by hops. The predictions are
+the formulas in harness/communication.py and harness/pulling.py. What they go by is measured in the
+same run: pulls, hops and all-gathers by size, products beside them, the step on one rank, plain and
+of rtp_wrap, and its optimizer. They do not see the steps at N > 1: those are their test, and the
+table has the error of each. Beyond one node they go by --network-gbps and --network-latency-us,
+which are assumptions.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from harness.options import positive
 from harness.strategies import PRECISIONS, Setting
 from harness.study import Study
 from harness.trial import Trial, run_trial
+from rtp_wrap.transport.choice import VARIABLE
 
 CUDA = torch.cuda.is_available()
 #: Bytes of the hops and all-gathers that a link's latency and rate are fitted to: those of tiles.
@@ -92,7 +94,7 @@ def _measure(study: Study, ranks: Sequence[int], options: argparse.Namespace) ->
     # A rank gets as many threads at any N, or on a CPU the step would not be the same.
     threads = max(1, (os.cpu_count() or 1) // ranks[-1])
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    os.environ["RTP_WRAP_TRANSPORT"] = "ring"  # which the model is of
+    os.environ.setdefault(VARIABLE, "peer")  # where that is possible, on CPUs as well
     kinds = [("single", 1), ("rtp", 1)]
     kinds += [(name, n) for n in ranks[1:] for name in options.strategies]
     with ExitStack() as stack:
@@ -128,7 +130,17 @@ def _calibrate(
     ring = crews[most]
     hops = [max(each) for each in zip(*ring.run(link.hops, SIZES), strict=True)]
     gathers = [max(each) for each in zip(*ring.run(link.gathers, SIZES), strict=True)]
-    beside = ring.run(link.beside, BESIDE, trial.tokens, spec.dim, dtype)
+    beside = max(
+        ring.run(link.beside_hop, BESIDE, trial.tokens, spec.dim, dtype), key=lambda each: each[-1]
+    )
+    pulls = ring.run(link.pulls, SIZES)
+    peers: dict[str, Any] = {}
+    if None not in pulls:
+        taken = [max(each) for each in zip(*pulls, strict=True)]
+        peers["pulls"] = list(zip(SIZES, taken, strict=True))
+        besides = ring.run(link.beside_pull, BESIDE, trial.tokens, spec.dim, dtype)
+        peers["beside a pull"] = max(besides, key=lambda each: each[-1])
+        peers["copied"] = SIZES[-1], max(ring.run(link.copies, SIZES[-1]))
     advance(f"link, on {most}")
     (optimizer,) = alone.run(compute.optimizer_seconds, trial)
     narrow = max(1, spec.dim // max(counts))
@@ -138,9 +150,10 @@ def _calibrate(
         "ranks": most,
         "hops": list(zip(SIZES, hops, strict=True)),
         "gathers": list(zip(SIZES, gathers, strict=True)),
-        "beside": max(beside, key=lambda each: each[-1]),
+        "beside": beside,
         "optimizer": optimizer,
         "floor": floor,
+        **peers,
     }
 
 
@@ -164,10 +177,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--strategies",
-        choices=("rtp", "fsdp", "dp"),
+        choices=("rtp", "rtp-ring", "fsdp", "dp"),
         nargs="+",
-        default=["rtp"],
-        help="default: rtp",
+        default=["rtp", "rtp-ring"],
+        help="default: rtp rtp-ring",
     )
     add(
         "--rounds",

@@ -17,6 +17,7 @@ import scaling
 from harness import communication, link
 from harness.communication import Compute, Fabric, Link, Network, fit
 from harness.models import find
+from harness.pulling import Peers, peers
 from harness.study import Study
 from harness.trial import Trial
 from rtp_wrap import Gather, MixedPrecisionPolicy, Plan, ShardingPolicy
@@ -43,13 +44,13 @@ def two_linears(ranks: int) -> Plan:
 @pytest.mark.parametrize("fabric", [FREE, SLOW])
 def test_one_rank_takes_its_own_step(fabric: Fabric) -> None:
     plan = rtp_wrap.plan(find("llama-tiny").build(), world_size=1)
-    assert communication.rtp(plan, COMPUTE, fabric) == pytest.approx(1.0)
+    assert communication.ring(plan, COMPUTE, fabric) == pytest.approx(1.0)
     assert communication.fsdp(plan, COMPUTE, fabric) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 64])
 def test_with_free_links_only_the_optimizer_scales(ranks: int) -> None:
-    seconds = communication.rtp(two_linears(ranks), COMPUTE, FREE)
+    seconds = communication.ring(two_linears(ranks), COMPUTE, FREE)
     assert seconds == pytest.approx(0.9 + 0.1 / ranks)
 
 
@@ -61,10 +62,10 @@ def test_without_computation_hops_are_all_there_is(ranks: int) -> None:
     one, both = SLOW.hop.seconds(shard), SLOW.hop.seconds(2 * shard)
     # Forward, then the first turn of backward, the last one, and those that bring two tiles.
     hops = (ranks - 1) * one + one + one + (ranks - 2) * both
-    assert communication.rtp(plan, idle, replace(SLOW, kept=1.0)) == pytest.approx(2 * hops)
+    assert communication.ring(plan, idle, replace(SLOW, kept=1.0)) == pytest.approx(2 * hops)
     # Products that stand still beside a hop come after it.
     busy = replace(COMPUTE, attention_flops=0.0, optimizer=0.0)
-    both_in_turn = communication.rtp(plan, busy, replace(SLOW, kept=0.0))
+    both_in_turn = communication.ring(plan, busy, replace(SLOW, kept=0.0))
     assert both_in_turn == pytest.approx(1.0 + 2 * hops)
 
 
@@ -72,19 +73,19 @@ def test_slower_links_and_floors_never_help() -> None:
     plan = rtp_wrap.plan(find("llama-tiny").build(), world_size=4, policy=RING)
     for hop in (Link(2e-3, 1e-8), Link(4e-3, 1e-8), Link(4e-3, 1e-6)):
         times = [
-            communication.rtp(plan, COMPUTE, replace(SLOW, hop=hop, kept=kept))
+            communication.ring(plan, COMPUTE, replace(SLOW, hop=hop, kept=kept))
             for kept in (1.0, 0.5, 0.0)
         ]
         assert times == sorted(times)
-    faster = communication.rtp(plan, COMPUTE, SLOW)
+    faster = communication.ring(plan, COMPUTE, SLOW)
     for worse in (
         replace(SLOW, hop=Link(3e-3, 1e-8)),
         replace(SLOW, hop=Link(2e-3, 1e-6)),
         replace(SLOW, collective=Link(2e-3, 1e-8)),
         replace(SLOW, ring_step=1e-3),
     ):
-        assert communication.rtp(plan, COMPUTE, worse) > faster
-    assert communication.rtp(plan, replace(COMPUTE, floor=1.0), SLOW) > faster
+        assert communication.ring(plan, COMPUTE, worse) > faster
+    assert communication.ring(plan, replace(COMPUTE, floor=1.0), SLOW) > faster
 
 
 @pytest.mark.parametrize("name", ["llama-tiny", "lm-tiny"])
@@ -139,9 +140,44 @@ def test_a_network_slows_down_one_ring_more_than_many() -> None:
     assert between.ring_step == 14e-6
     # Data parallel between nodes adds what one port needs for the node's gradients.
     plan, nodes = two_linears(8), 4
-    seconds = communication.hybrid(plan, COMPUTE, fabric, network, nodes)
+    seconds = communication.hybrid(1.0, plan, fabric, network, nodes)
     average = 1e-5 + 2 * 3 * 14e-6 + 2 * 3 / 4 * plan.gradient_bytes() / 50e9
-    assert seconds - communication.rtp(plan, COMPUTE, fabric) == pytest.approx(average)
+    assert seconds - 1.0 == pytest.approx(average)
+
+
+def test_pulls_hide_behind_products_and_copies_do_not() -> None:
+    plan = two_linears(4)
+    copying = Peers(Link(0.0, 0.0), kept=1.0, per_copied_byte=1e-9)
+    free = replace(copying, per_copied_byte=0.0)
+    least = 0.9 + 0.1 / 4
+    assert peers(plan, COMPUTE, FREE, free) == pytest.approx(least)
+    weights = 2 * 256 * 1024
+    # Published for forward and backward, each read and written; parts read, means written.
+    copied = weights / 4 * (2 * 2 + 4 + 1) * 1e-9
+    assert peers(plan, COMPUTE, FREE, copying) == pytest.approx(least + copied)
+    pulled = 3 * 3 / 4 * weights
+    for rate, kept, seconds in (
+        (0.5, 1.0, 0.9),  # half of the products' time: hidden
+        (0.5, 0.8, 0.9 + 0.2 * 0.45),
+        (2.0, 0.8, 2 * 0.9),  # twice that: all there is
+    ):
+        link = Link(0.0, rate * 0.9 / pulled)
+        step = peers(plan, COMPUTE, FREE, Peers(link, kept, 0.0))
+        assert step == pytest.approx(seconds + 0.1 / 4)
+    assert peers(two_linears(1), COMPUTE, SLOW, copying) == pytest.approx(1.0)
+
+
+def test_of_a_table_the_rows_of_the_batch_are_pulled() -> None:
+    def seconds(rows: int, tokens: int) -> float:
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Embedding(rows, 256), nn.Linear(256, 256, bias=False))
+        plan = rtp_wrap.plan(model, world_size=2, policy=RING)
+        idle = Compute(step=1e-12, optimizer=0.0, floor=0.0, tokens=tokens, attention_flops=0.0)
+        return peers(plan, idle, FREE, Peers(Link(0.0, 1.0), kept=1.0, per_copied_byte=0.0))
+
+    row, linear = 4 * 256 / 2, 3 * 4 * 256 * 256 / 2
+    assert seconds(1000, 64) == pytest.approx(linear + (64 + 1000) * row)
+    assert seconds(1000, 4096) == pytest.approx(linear + (1000 + 1000) * row)
 
 
 def test_it_measures_predicts_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,16 +186,19 @@ def test_it_measures_predicts_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
     done = scripts.run("benchmarks/scaling.py", *sizes, *counts, "--out", tmp_path)
     assert done.code == 0, done.errors
     assert "| rtp_wrap | 2 |" in done.output
+    assert "| pull from peers |" in done.output
     results = json.loads((tmp_path / "scaling.json").read_text())["results"]
     runs = {(each["strategy"], each["ranks"]): each for each in results["runs"]}
-    assert list(runs) == [("single", 1), ("rtp", 1), ("rtp", 2)]
+    assert list(runs) == [("single", 1), ("rtp", 1), ("rtp", 2), ("rtp-ring", 2)]
     assert all(len(each["seconds"]) == 2 for each in runs.values())
     one, many = results["predicted"]
     study = Study.read(tmp_path / "scaling.json")
-    assert one["rtp"] == pytest.approx(study.step("rtp", 1))
+    assert one["rtp"] == one["rtp-ring"] == pytest.approx(study.step("rtp", 1))
     assert one["fsdp"] == pytest.approx(study.step("single", 1))
     assert many["nodes"] == 2
-    assert many["rtp"] > one["rtp"]
+    assert many["rtp"] is None, "peers are in one node"
+    assert many["rtp-ring"] > one["rtp-ring"]
+    assert study.formula("rtp", 8, study.fabric()) is not None
     assert "harness/communication.py" in (tmp_path / "scaling.md").read_text()
     assert "rtp_wrap, measured" in (tmp_path / "scaling.svg").read_text()
 
@@ -170,7 +209,7 @@ def test_it_measures_predicts_and_writes(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "scaling.json").read_text() == before
     predicted = json.loads((tmp_path / "prediction.json").read_text())["results"]["predicted"]
     assert predicted[:2] == results["predicted"]
-    assert predicted[2]["rtp"] > many["rtp"]
+    assert predicted[2]["rtp-ring"] > many["rtp-ring"]
     assert "Measured by another run" in (tmp_path / "prediction.md").read_text()
 
 

@@ -1,5 +1,7 @@
 """How long a training step takes on N ranks: a model of what is sent, and of what hides it.
 
+Of rotations by hops, and of collectives; ``pulling`` has rotations by peers.
+
 A hop of ``b`` bytes takes ``h(b) = α + b / β`` seconds. Beside one, products keep the share ``k``
 of their speed, so that products of ``p`` seconds and a hop of ``h`` that start together take
 
@@ -235,35 +237,38 @@ def traffic(plan: Plan) -> Traffic:
     for parameter in plan.parameters:
         if not isinstance(parameter.home, Rotate):
             total += plan.traffic(parameter)
-    for parameter, use in _uses(plan):
-        if isinstance(use.strategy, Rotate):
-            forward, backward = rotations(plan, parameter, use)
-            total += forward.traffic + backward.traffic
+    for parameter, use in rotated_uses(plan):
+        forward, backward = rotations(plan, parameter, use)
+        total += forward.traffic + backward.traffic
     return total
 
 
-def rtp(plan: Plan, compute: Compute, fabric: Fabric) -> float:
+def ring(plan: Plan, compute: Compute, fabric: Fabric) -> float:
     """Seconds of a step of ``rtp_wrap`` on ``plan.world_size`` ranks, each with all of ``compute``.
 
-    Of the default point-to-point ring with overlap; every parameter is trained.
+    Of the point-to-point ring with overlap; every parameter is trained.
     """
-    ranks, precision, per_flop = (
-        plan.world_size,
-        plan.mixed_precision,
-        compute.seconds_per_flop(plan),
-    )
-    seconds = compute.attention_flops * per_flop + compute.optimizer / ranks
-    replicated = 0
-    for parameter, use in _uses(plan):
-        numel = math.prod(parameter.shape)
+    per_flop = compute.seconds_per_flop(plan)
+    seconds = compute.attention_flops * per_flop
+    for parameter, use in rotated_uses(plan):
         product = compute.product_flops(use, parameter) * per_flop
+        forward, backward = rotations(plan, parameter, use)
+        pieces = forward.owners * forward.cells, backward.owners * backward.cells
+        seconds += forward.forward(fabric, compute.tile(product, pieces[0]))
+        seconds += backward.backward(fabric, compute.tile(product, pieces[1]))
+    return seconds + besides(plan, compute, fabric)
+
+
+def besides(plan: Plan, compute: Compute, fabric: Fabric) -> float:
+    """Seconds of a step of ``rtp_wrap`` for what is not rotated, and for the optimizer."""
+    ranks, precision = plan.world_size, plan.mixed_precision
+    per_flop = compute.seconds_per_flop(plan)
+    seconds, replicated = compute.optimizer / ranks, 0
+    for parameter, use in _uses(plan):
         if isinstance(use.strategy, Rotate):
-            forward, backward = rotations(plan, parameter, use)
-            pieces = forward.owners * forward.cells, backward.owners * backward.cells
-            seconds += forward.forward(fabric, compute.tile(product, pieces[0]))
-            seconds += backward.backward(fabric, compute.tile(product, pieces[1]))
             continue
-        seconds += 3 * product
+        numel = math.prod(parameter.shape)
+        seconds += 3 * compute.product_flops(use, parameter) * per_flop
         if isinstance(use.strategy, Gather):
             weight = numel * precision.compute_dtype(parameter.dtype).itemsize
             gradient = numel * precision.accumulator_dtype(parameter.dtype).itemsize
@@ -316,14 +321,19 @@ def fsdp(plan: Plan, compute: Compute, fabric: Fabric) -> float:
     return root + forward + backward + compute.optimizer / ranks
 
 
-def hybrid(plan: Plan, compute: Compute, fabric: Fabric, network: Network, nodes: int) -> float:
-    """Seconds of a step of ``rtp`` within each of ``nodes``, data parallel between them.
+def hybrid(node: float, plan: Plan, fabric: Fabric, network: Network, nodes: int) -> float:
+    """Seconds of a step of ``rtp_wrap`` in each of ``nodes``, data parallel between them.
 
-    ``plan`` is one node's. After backward every rank averages its own gradients with its like on
-    the other nodes, through a port of its own, hidden by nothing.
+    A step in one ``node`` takes so many seconds, and ``plan`` is one node's. After backward every
+    rank averages its own gradients with its like on the other nodes, through a port of its own,
+    hidden by nothing.
     """
-    outer = fabric.between(network, ports=1)
-    return rtp(plan, compute, fabric) + outer.average(plan.gradient_bytes(), nodes)
+    return node + fabric.between(network, ports=1).average(plan.gradient_bytes(), nodes)
+
+
+def rotated_uses(plan: Plan) -> Iterator[tuple[PlannedParameter, PlannedUse]]:
+    """The uses of rotated weights."""
+    return (each for each in _uses(plan) if isinstance(each[1].strategy, Rotate))
 
 
 def _uses(plan: Plan) -> Iterator[tuple[PlannedParameter, PlannedUse]]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from harness.hardware import this_device
-from rtp_wrap.transport import PointToPoint
+from rtp_wrap.transport import PointToPoint, candidates, open_memory, wanted
 
 CALLS, REPEATS = 10, 5
 
@@ -53,12 +53,36 @@ def gathers(sizes: Sequence[int]) -> list[float]:
     return times
 
 
-def beside(nbytes: int, tokens: int, features: int, dtype: torch.dtype) -> tuple[float, ...]:
+def pulls(sizes: Sequence[int]) -> list[float] | None:
+    """Seconds in which a rank pulls each of ``sizes`` (bytes) from the others, as they do.
+
+    ``None`` where ranks cannot read each other's memory.
+    """
+    return [seconds(_Pulls(size)) for size in sizes] if _are_peers() else None
+
+
+def copies(nbytes: int) -> float:
+    """Seconds of a copy of ``nbytes`` in a rank's own memory."""
+    there = torch.zeros(nbytes, dtype=torch.uint8, device=this_device())
+    return seconds(functools.partial(torch.empty_like(there).copy_, there))
+
+
+def beside_hop(nbytes: int, tokens: int, features: int, dtype: torch.dtype) -> tuple[float, ...]:
     """Seconds of a hop of ``nbytes``, of products that take thrice as long, and of both together.
 
     The products are of ``[tokens, features]`` and ``[features, features]``.
     """
-    hop = _Hops(nbytes)
+    return _beside(_Hops(nbytes), tokens, features, dtype)
+
+
+def beside_pull(nbytes: int, tokens: int, features: int, dtype: torch.dtype) -> tuple[float, ...]:
+    """The same of a pull, where there are ``pulls``."""
+    return _beside(_Pulls(nbytes), tokens, features, dtype)
+
+
+def _beside(
+    hop: _Hops | _Pulls, tokens: int, features: int, dtype: torch.dtype
+) -> tuple[float, ...]:
     # At random: a GPU multiplies zeros with less power, hence faster.
     x = torch.randn(tokens, features, dtype=dtype, device=this_device())
     weight, y = x.new_empty(features, features).normal_(), torch.empty_like(x)
@@ -98,6 +122,44 @@ class _Hops:
         for work in works:
             work.wait()
         self._there, self._arriving = self._arriving, self._there
+
+
+class _Pulls:
+    """Pulls one after another, always the same: ``nbytes`` into every rank, from all others."""
+
+    def __init__(self, nbytes: int) -> None:
+        device = this_device()
+        group = init_device_mesh(device.type, (dist.get_world_size(),)).get_group()
+        rank, ranks = group.rank(), group.size()
+        part = nbytes // (ranks - 1)
+        self._memory = open_memory(group, device, ranks * part)
+        own = self._memory.of(rank)
+        places = [slice(turn * part, (turn + 1) * part) for turn in range(ranks)]
+        self._copies = self._memory.prepared(
+            [
+                (own[places[turn]], self._memory.of((rank + turn) % ranks)[places[0]])
+                for turn in range(1, ranks)
+            ]
+        )
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._flag = 0
+
+    def __call__(self, products: Callable[[], None] = lambda: None) -> None:
+        stream = self._stream
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        self._flag ^= 1
+        self._memory.barrier(0, self._flag, stream)
+        self._memory.copy(self._copies, stream)
+        products()
+        if stream is not None:
+            torch.cuda.current_stream().wait_stream(stream)
+
+
+def _are_peers() -> bool:
+    device = this_device()
+    group = init_device_mesh(device.type, (dist.get_world_size(),)).get_group()
+    return candidates(wanted("auto"), group, device)[0] == "peer"
 
 
 def _now() -> float:

@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import rtp_wrap
-from harness import chart, communication, link, report
+from harness import chart, communication, link, pulling, report
 from harness.communication import Compute, Fabric, Network
+from harness.pulling import Peers
 from harness.report import Table
 from harness.strategies import STRATEGIES, Setting, rtp_options
 from harness.trial import Trial
 from rtp_wrap import Plan
 
-#: The strategies whose steps have a formula.
-FORMULAS = {"rtp": communication.rtp, "fsdp": communication.fsdp}
+#: The strategies whose steps have a formula; that of "rtp" is of peers, in one node.
+FORMULAS = ("rtp", "rtp-ring", "fsdp")
 
 
 @dataclass
@@ -28,8 +29,9 @@ class Study:
     ``runs`` have a "strategy", its "ranks", a "round", and either the "seconds" of its steps (each
     the slowest rank's) or a "failure". ``calibration`` is empty until it is complete: the "ranks"
     of "hops" and "gathers" (bytes and seconds), the seconds "beside" (see ``link``), and those of
-    the "optimizer" and of the "floor" of a product. ``source`` is the header of the file that they
-    were read from.
+    the "optimizer" and of the "floor" of a product; where ranks are peers also "pulls", the seconds
+    "beside a pull", and what is "copied" in how many. ``source`` is the header of the file that
+    they were read from.
     """
 
     trial: Trial
@@ -78,9 +80,20 @@ class Study:
             kept=link.kept(*self.calibration["beside"]),
         )
 
+    def peers(self) -> Peers | None:
+        """This machine's, if its ranks can be."""
+        if "pulls" not in self.calibration:
+            return None
+        nbytes, taken = self.calibration["copied"]
+        return Peers(
+            pull=communication.fit(self.calibration["pulls"]),
+            kept=link.kept(*self.calibration["beside a pull"]),
+            per_copied_byte=taken / (2 * nbytes),
+        )
+
     def compute(self, strategy: str) -> Compute:
-        """One rank's step: of ``rtp`` its own, with what it does on the host; else plain."""
-        step = self.step("rtp" if strategy == "rtp" else "single", 1)
+        """One rank's step: of ``rtp_wrap`` its own, with what it does on the host; else plain."""
+        step = self.step("single" if strategy == "fsdp" else "rtp", 1)
         assert step is not None
         spec, trial = self.trial.spec(), self.trial
         return Compute(
@@ -100,15 +113,24 @@ class Study:
         plan = rtp_wrap.plan(model, world_size=ranks, **rtp_options(setting, "ring"))
         return self._plans.setdefault(ranks, plan)
 
-    def formula(self, strategy: str, ranks: int, fabric: Fabric) -> float:
-        """Seconds of a step; ``strategy`` is one of ``FORMULAS``."""
-        return FORMULAS[strategy](self.plan(ranks), self.compute(strategy), fabric)
+    def formula(self, strategy: str, ranks: int, fabric: Fabric) -> float | None:
+        """Seconds of a step; ``strategy`` is one of ``FORMULAS``.
+
+        Of peers within one node, whatever ``ranks`` are; ``None`` where there are none.
+        """
+        plan, compute = self.plan(ranks), self.compute(strategy)
+        if strategy == "rtp":
+            host = self.peers()
+            return None if host is None else pulling.peers(plan, compute, fabric, host)
+        return (communication.fsdp if strategy == "fsdp" else communication.ring)(
+            plan, compute, fabric
+        )
 
     def predict(self, network: Network, counts: Sequence[int]) -> list[dict[str, Any]]:
-        """Per number of ranks: "nodes", and the seconds of a step of "rtp", "fsdp" and "hybrid".
+        """Per number of ranks: "nodes", and seconds of a step of each of ``FORMULAS`` and "hybrid".
 
-        The last is ``None`` within one node, and where nodes would not be full. "hops" and "bytes"
-        are what a rank of rtp sends in a step.
+        Peers are in one node, and ``None`` elsewhere. "hybrid" is ``None`` within one node, and
+        where nodes would not be full. "hops" and "bytes" are what a rank of the ring sends.
         """
         within, size = self.fabric(), network.gpus_per_node
         rows = []
@@ -117,9 +139,12 @@ class Study:
             fabric = within if nodes == 1 else within.between(network, ports=size)
             seconds = {name: self.formula(name, ranks, fabric) for name in FORMULAS}
             hybrid = None
+            if nodes > 1:
+                seconds["rtp"] = None
             if nodes > 1 and ranks % size == 0:
-                node, compute = self.plan(size), self.compute("rtp")
-                hybrid = communication.hybrid(node, compute, within, network, nodes)
+                node = self.formula("rtp", size, within) or self.formula("rtp-ring", size, within)
+                assert node is not None
+                hybrid = communication.hybrid(node, self.plan(size), within, network, nodes)
             sent = communication.traffic(self.plan(ranks))
             row = {"ranks": ranks, "nodes": nodes, "hops": sent.hops, "bytes": sent.nbytes}
             rows.append({**row, **seconds, "hybrid": hybrid})
@@ -197,17 +222,28 @@ class Study:
             f"What the formula goes by, measured on {given['ranks']} ranks and on one",
             ("what", "time", "rate", "largest misfit"),
         )
-        fitted = communication.fit(given["gathers"])
-        for what, each, samples in (
+        host = self.peers()
+        links = [
             ("hop of the ring", fabric.hop, given["hops"]),
-            ("all-gather", fitted, given["gathers"]),
-        ):
+            ("all-gather", communication.fit(given["gathers"]), given["gathers"]),
+        ]
+        if host is not None:
+            links.insert(0, ("pull from peers", host.pull, given["pulls"]))
+        for what, each, samples in links:
             rate = f"{1e-9 / each.per_byte:.3g} GB/s" if each.per_byte else None
             table.add(what, _us(each.latency), rate, f"{each.misfit(samples):.0%}")
         hop, products, both = given["beside"]
         table.add("products beside a hop", _us(both), f"{fabric.kept:.0%} of theirs alone", None)
         table.add("the same products alone", _us(products), None, None)
         table.add("that hop alone", _us(hop), None, None)
+        if host is not None:
+            pull, products, both = given["beside a pull"]
+            table.add("products beside a pull", _us(both), f"{host.kept:.0%} of theirs alone", None)
+            table.add("the same products alone", _us(products), None, None)
+            table.add("that pull alone", _us(pull), None, None)
+            copied, taken = given["copied"]
+            rate = f"{2e-9 * copied / taken:.3g} GB/s read and written"
+            table.add("copy in own memory", _us(taken), rate, None)
         table.add("optimizer, one rank", _us(given["optimizer"]), None, None)
         table.add("product of the narrowest tile", _us(given["floor"]), None, None)
         return table
@@ -218,7 +254,8 @@ class Study:
             (
                 "ranks",
                 *("nodes", "GB sent per rank", "hops"),
-                *("rtp, ms", "efficiency"),
+                *("rtp by peers, ms", "efficiency"),
+                *("rtp by hops, ms", "efficiency"),
                 *("FSDP2 per block, ms", "efficiency"),
                 *("rtp in nodes × data parallel, ms", "efficiency"),
             ),
@@ -231,7 +268,7 @@ class Study:
                 f"{row['bytes'] / 1e9:.3g}",
                 f"{row['hops']}",
             ]
-            for name in ("rtp", "fsdp", "hybrid"):
+            for name in (*FORMULAS, "hybrid"):
                 seconds = row[name]
                 known = seconds is not None
                 cells += [_ms(seconds), f"{alone / seconds:.3f}"] if known else [None, None]
@@ -242,7 +279,8 @@ class Study:
         alone = self.step("single", 1)
         assert alone is not None
         labels = {
-            "rtp": "rtp_wrap, formula",
+            "rtp": "rtp_wrap by peers, formula",
+            "rtp-ring": "rtp_wrap by hops, formula",
             "fsdp": "FSDP2 per block, formula",
             "hybrid": "rtp_wrap in nodes × data parallel, formula",
         }
@@ -250,6 +288,7 @@ class Study:
             label: [(row["ranks"], alone / row[name]) for row in rows if row[name] is not None]
             for name, label in labels.items()
         }
+        curves = {label: curve for label, curve in curves.items() if curve}
         points: dict[str, list[tuple[int, float]]] = {}
         for strategy, ranks in dict.fromkeys((r["strategy"], r["ranks"]) for r in self.runs):
             if (step := self.step(strategy, ranks)) is not None:
@@ -259,12 +298,13 @@ class Study:
 
 
 def _assumptions(network: Network) -> str:
+    step, latency = communication.RING_STEP * 1e6, network.latency * 1e6
     return (
-        f"The formula is in `benchmarks/harness/communication.py`. It has not seen the measured "
-        f"steps on more than one rank. Assumed, not measured: nodes of {network.gpus_per_node} "
-        f"with the measured link between all pairs; between nodes {network.gbps:g} Gbit/s per GPU "
-        f"and {network.latency * 1e6:g} µs more latency; a step of a collective's ring takes "
-        f"{communication.RING_STEP * 1e6:g} µs in a node and that latency between nodes. FSDP2's "
+        f"The formulas are in `benchmarks/harness/communication.py` and `pulling.py`. They have "
+        f"not seen the measured steps on more than one rank. Assumed, not measured: nodes of "
+        f"{network.gpus_per_node} with the measured link between all pairs; between nodes "
+        f"{network.gbps:g} Gbit/s per GPU and {latency:g} µs more latency; a step of a "
+        f"collective's ring takes {step:g} µs in a node and that latency between nodes. FSDP2's "
         f"formula hides its collectives as well as can be, without slowing down products. Data "
         f"parallel between nodes needs an outer mesh of replicas around rtp_wrap; its average "
         f"hides behind nothing.\n"
