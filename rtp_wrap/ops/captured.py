@@ -10,7 +10,7 @@ share, so that each one follows the one before. And a backward reads the version
 wrote: where a graph computes forwards again (activation checkpointing), all of them come first.
 
 The gradient of a weight does not pass through the graph. It waits in the layer for the weight's
-node, which is made outside, on the stream where gradients are finished (see ``gradient``).
+node, which is made outside (see ``gradient``).
 """
 
 from __future__ import annotations
