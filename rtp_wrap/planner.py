@@ -6,6 +6,7 @@ The wrapper executes a plan: its own, or one that is given to it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,7 +36,8 @@ from rtp_wrap.verify import check_module, check_uses
 STAGING_BYTES = 128 << 20
 #: Default where tiles are pulled: seven slots of 128 MiB, so that most layers need not be cut.
 PEER_STAGING_BYTES = 896 << 20
-#: Default with ``inplace=True``: two tiles of 8 MiB in forward, three of 5 in backward.
+#: Default with ``inplace=True``: on a ring two tiles of 8 MiB in forward, three of 5 in backward;
+#: five slots of 3 MiB for peers.
 INPLACE_STAGING_BYTES = 16 << 20
 
 #: Where the policy leaves it open, of ten layers one may be cut that would fit whole: staging for
@@ -97,7 +99,9 @@ def plan_of(
         limit = policy.staging_bytes or default
         whole = 1.0 if policy.staging_bytes else WHOLE_LAYERS
         try:
-            needed = _staging_bytes(parameters, world_size, precision, limit, whole, transport)
+            needed = _staging_bytes(
+                parameters, world_size, precision, limit, whole, transport, overlap=not inplace
+            )
             break
         except ValueError:
             if transport == transports[-1]:
@@ -223,17 +227,22 @@ def _staging_bytes(
     limit: int,
     whole: float,
     transport: str,
+    *,
+    overlap: bool,
 ) -> int:
     """The limit, or less: what it takes so that of the rotated layers a part ``whole`` is not cut.
 
     Raises ``ValueError`` if a tile of one kernel does not fit.
     """
     sizes: list[int] = []
+    room = functools.partial(
+        staging_for, world_size=world_size, transport=transport, overlap=overlap
+    )
     for each in parameters:
         if isinstance(each.home, Rotate) and world_size > 1:
             itemsize = tile_itemsize(each.dtype, precision, transport)
             kernel = math.prod(each.shape[2:])
-            needed = staging_for(kernel * itemsize, world_size, transport)
+            needed = room(kernel * itemsize)
             if needed > limit:
                 raise ValueError(
                     f"{each.fqn} of shape {each.shape} is cut into tiles of no less than one "
@@ -241,7 +250,7 @@ def _staging_bytes(
                     f"the policy has {limit}. Raise it, or Gather() this layer"
                 )
             shard = math.prod(each.shard_shape(world_size)) * itemsize
-            sizes.append(staging_for(shard, world_size, transport))
+            sizes.append(room(shard))
     if not sizes:
         return 0
     sizes.sort()

@@ -100,7 +100,8 @@ def check_room(shape: torch.Size, dtype: torch.dtype, fqn: str, ring: Ring) -> N
     if ring.world_size == 1:
         return
     tile = math.prod(shape[2:]) * tile_itemsize(dtype, ring.precision, ring.transport_name)
-    needed = staging_for(tile, ring.world_size, ring.transport_name)
+    name, overlap = ring.transport_name, ring.overlap
+    needed = staging_for(tile, ring.world_size, name, overlap=overlap)
     if needed > ring.staging_bytes:
         raise RuntimeError(
             f"{fqn} cannot become {dtype}: its smallest tile, one kernel, would have {tile} bytes "

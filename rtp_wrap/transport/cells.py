@@ -5,16 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from rtp_wrap.shard import Tile, TileGrid
 
-#: The staging is seven times the largest cell: three for weights, three for parts of gradients, one
-#: where the parts of an owner's tile meet. Smaller cells share the room.
-WEIGHTS, PARTS, LANDING = 3, 3, 1
-_ALL = WEIGHTS + PARTS + LANDING
 #: Tiles begin on such an address, bytes, so that GEMMs can read them with wide loads.
 ALIGNMENT = 16
 
@@ -57,22 +53,40 @@ class PeerMemory(Protocol):
         """Make the copies on ``stream``, one after the other."""
 
 
-def largest_cell(staging_bytes: int) -> int:
-    """The size of the largest cell in a staging of ``staging_bytes``."""
-    return staging_bytes // _ALL // ALIGNMENT * ALIGNMENT
+class Slots(NamedTuple):
+    """How many of the largest cell the staging has room for; smaller ones share it.
+
+    For weights, for parts of gradients, and for where the parts of an owner's tile meet.
+    """
+
+    weights: int
+    parts: int
+    landing: int
+
+    def largest_cell(self, staging_bytes: int) -> int:
+        """The size of the largest cell in a staging of ``staging_bytes``."""
+        return staging_bytes // sum(self) // ALIGNMENT * ALIGNMENT
+
+    def staging_for(self, tile_bytes: int, world_size: int) -> int:
+        """The least staging in which tiles of ``tile_bytes``, one per owner, are never cut."""
+        return sum(self) * world_size * aligned(tile_bytes)
+
+    def cut(
+        self,
+        shape: tuple[int, ...],
+        dim: int,
+        world_size: int,
+        dtype: torch.dtype,
+        staging_bytes: int,
+    ) -> TileGrid:
+        """A weight of ``shape``, sharded along ``dim``, in cells whose tiles fit together."""
+        room = self.largest_cell(staging_bytes) // world_size // ALIGNMENT * ALIGNMENT
+        return TileGrid(shape, dim, world_size, room // dtype.itemsize)
 
 
-def cut(
-    shape: tuple[int, ...], dim: int, world_size: int, dtype: torch.dtype, staging_bytes: int
-) -> TileGrid:
-    """A weight of ``shape``, sharded along ``dim``, in cells whose tiles fit together."""
-    room = largest_cell(staging_bytes) // world_size // ALIGNMENT * ALIGNMENT
-    return TileGrid(shape, dim, world_size, room // dtype.itemsize)
-
-
-def staging_for(tile_bytes: int, world_size: int) -> int:
-    """The least staging in which tiles of ``tile_bytes``, one per owner, are never cut."""
-    return _ALL * world_size * aligned(tile_bytes)
+def slots(*, overlap: bool) -> Slots:
+    """One is in use, and others may still read the one before; two more if they come ahead."""
+    return Slots(3, 3, 1) if overlap else Slots(2, 2, 1)
 
 
 def cells_of(memory: PeerMemory, grid: TileGrid, dtype: torch.dtype) -> list[Cell]:
@@ -85,14 +99,14 @@ def published_cells(
     addresses: torch.Tensor,
     shape: tuple[int, ...],
     dtype: torch.dtype,
-    staging_bytes: int,
+    room: int,
 ) -> list[Cell]:
     """A weight of ``shape``, sharded along its rows, in cells whose tiles stay with their owners.
 
-    ``consumed`` of their ``Weights`` is ``Published``. They have room for one tile, not for one of
-    each owner: so tiles are larger than those of ``cut``.
+    ``consumed`` of their ``Weights`` is ``Published``. In ``room`` bytes they have one tile, not
+    one of each owner: so tiles are larger than those of ``Slots.cut``.
     """
-    grid = TileGrid(shape, 0, memory.world_size, largest_cell(staging_bytes) // dtype.itemsize)
+    grid = TileGrid(shape, 0, memory.world_size, room // dtype.itemsize)
     return [
         _PublishedPlaces(memory, grid, offset, dtype, addresses).cell() for offset in grid.cells()
     ]

@@ -48,9 +48,6 @@ from torch.distributed.tensor import DTensor
 from rtp_wrap.shard import sharded_dim
 from rtp_wrap.transport.area import Area
 from rtp_wrap.transport.cells import (
-    LANDING,
-    PARTS,
-    WEIGHTS,
     Cell,
     Landing,
     Parts,
@@ -58,9 +55,8 @@ from rtp_wrap.transport.cells import (
     Published,
     Tiles,
     cells_of,
-    cut,
-    largest_cell,
     published_cells,
+    slots,
 )
 from rtp_wrap.transport.foresight import Context, Foresight, Visit, Visited
 from rtp_wrap.transport.lane import Events, Lane
@@ -126,11 +122,12 @@ class PeerTransport:
         self._device = device
         self._overlap = overlap
         self._concurrent = overlap and device.type == "cuda"
-        self._room = room = largest_cell(staging_bytes)
-        self._weights = Lane(memory, 0, self._stream(), Area(0, room, WEIGHTS))
-        parts = Area(WEIGHTS * room, room, PARTS)
-        self._gradients = Lane(memory, 1, self._stream(), parts)
-        self._landings = Area((WEIGHTS + PARTS) * room, room, LANDING)
+        self._slots = slots(overlap=overlap)
+        self._room = room = self._slots.largest_cell(staging_bytes)
+        weights, parts, landing = self._slots
+        self._weights = Lane(memory, 0, self._stream(), Area(0, room, weights))
+        self._gradients = Lane(memory, 1, self._stream(), Area(weights * room, room, parts))
+        self._landings = Area((weights + parts) * room, room, landing)
         #: Where gradients are averaged, if not on the stream of the computation.
         self.gradient_stream = self._stream()
         if self._concurrent:
@@ -173,11 +170,12 @@ class PeerTransport:
         key = shape, dim, dtype, reads
         cells = self._cells.get(key)
         if cells is None:
-            memory, nbytes = self._memory, self._staging_bytes
+            memory = self._memory
             if reads:
-                cells = published_cells(memory, self._addresses, tuple(shape), dtype, nbytes)
+                cells = published_cells(memory, self._addresses, tuple(shape), dtype, self._room)
             else:
-                grid = cut(tuple(shape), dim, memory.world_size, dtype, nbytes)
+                ranks, nbytes = memory.world_size, self._staging_bytes
+                grid = self._slots.cut(tuple(shape), dim, ranks, dtype, nbytes)
                 cells = cells_of(memory, grid, dtype)
             self._cells[key] = cells
         return cells
@@ -281,7 +279,7 @@ class PeerTransport:
 
     def _look_ahead(self, now: _Fetched) -> None:
         """Fetch what is expected behind ``now``, an exchange for every slot but the one in use."""
-        while self._overlap and self._weights.number < now.number + WEIGHTS - 1:
+        while self._overlap and self._weights.number < now.number + self._slots.weights - 1:
             upcoming = self._upcoming((self._ahead[-1] if self._ahead else now).what)
             if not upcoming:
                 break
@@ -319,13 +317,14 @@ class PeerTransport:
     def _fetch(self, cells: Sequence[_Expected]) -> None:
         """Publish this rank's tiles of cells, and pull those of the others, in one exchange.
 
-        They take the place of exchanges before the last but one. The computation has waited for
-        that one to come (see ``pull``), so that all ranks had pulled by then what lay here.
+        With overlap they take the place of exchanges before the last but one. The computation has
+        waited for that one to come (see ``pull``), so that all ranks had pulled by then what lay
+        here. Without, it has waited for the last one, and they take the place of those before it.
         """
         lane = self._weights
         number = self._next(lane)
         at, before = lane.area.take(sum(each.cell.nbytes for each in cells), number)
-        assert before + 2 < number
+        assert before < number - self._slots.weights + 1
         placed = []
         for each in cells:
             cell = each.cell

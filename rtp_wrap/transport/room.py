@@ -20,8 +20,8 @@ def tile_itemsize(dtype: torch.dtype, precision: MixedPrecisionPolicy, transport
     return max(compute.itemsize, precision.accumulator_dtype(dtype).itemsize)
 
 
-def staging_for(tile_bytes: int, world_size: int, transport: str) -> int:
+def staging_for(tile_bytes: int, world_size: int, transport: str, *, overlap: bool) -> int:
     """The least staging in which tiles of this size are never cut."""
     if transport == "peer":
-        return cells.staging_for(tile_bytes, world_size)
+        return cells.slots(overlap=overlap).staging_for(tile_bytes, world_size)
     return Staging.size_for(tile_bytes)
