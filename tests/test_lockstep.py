@@ -139,7 +139,8 @@ class Branching(nn.Module):
 
 def _branches(how: str, right: int = 4) -> str:
     policy = {"*": Replicate()} if how == "replicate" else {"*": Gather()}
-    group = dist.new_group(timeout=timedelta(seconds=20))
+    # A ring of CPUs waits for it; the first collective of NCCL takes longer where much else runs.
+    group = dist.new_group(timeout=timedelta(seconds=2 if DEVICE_TYPE == "cpu" else 20))
     wrapped = RotatedTensorParallel(
         Branching(right).to(device()), group, policy=ROTATE if how == "rotate" else policy
     )
