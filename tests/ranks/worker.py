@@ -114,10 +114,16 @@ def _join(seat: Seat) -> Outcome:
         os.environ.setdefault("RTP_WRAP_TRANSPORT", "peer")
     try:
         store = TCPStore(HOST, seat.port, timeout=GROUP_TIMEOUT)
-        join_group(store, seat.rank, seat.world_size, local_rank=seat.rank)
+        join_group(store, seat.rank, seat.world_size, local_rank=_gpu(seat.rank))
     except Exception as error:
         return Failure.of(error)
     return b""
+
+
+def _gpu(rank: int) -> int:
+    """The GPU of a rank. Where pytest-xdist has several pools, each begins with another one."""
+    pool = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return (rank + pool) % max(1, torch.cuda.device_count())
 
 
 def _set_warning_filters(filters: Sequence[WarningFilter]) -> None:
