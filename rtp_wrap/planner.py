@@ -234,7 +234,7 @@ def _staging_bytes(
 
     Raises ``ValueError`` if a tile of one kernel does not fit.
     """
-    sizes: list[int] = []
+    sizes, kernels = [], []
     room = functools.partial(
         staging_for, world_size=world_size, transport=transport, overlap=overlap
     )
@@ -243,6 +243,7 @@ def _staging_bytes(
             itemsize = tile_itemsize(each.dtype, precision, transport)
             kernel = math.prod(each.shape[2:])
             needed = room(kernel * itemsize)
+            kernels.append(needed)
             if needed > limit:
                 raise ValueError(
                     f"{each.fqn} of shape {each.shape} is cut into tiles of no less than one "
@@ -254,5 +255,5 @@ def _staging_bytes(
     if not sizes:
         return 0
     sizes.sort()
-    enough = max(sizes[math.ceil(whole * len(sizes)) - 1], MIN_DEFAULT_STAGING_BYTES)
+    enough = max(sizes[math.ceil(whole * len(sizes)) - 1], MIN_DEFAULT_STAGING_BYTES, *kernels)
     return min(limit, sizes[-1], enough)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
@@ -32,8 +33,8 @@ class Chain(nn.Sequential):
         super().__init__(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(depth)])
 
 
-def _order() -> list[str]:
-    """In what order the backwards of layers and the nodes of their weights come."""
+def _backwards(steps: int, nodes_before: int = 0) -> list[list[str]]:
+    """In what order the backwards of layers and the nodes of their weights come, step by step."""
     depth = SITES_BETWEEN + 4
     policy = ShardingPolicy(replicate_below=0, transport="peer")
     wrapped = RotatedTensorParallel(Chain(depth).to(device()), policy=policy)
@@ -45,25 +46,84 @@ def _order() -> list[str]:
 
     for index, weight in enumerate(wrapped.parameters()):
         weight.register_hook(lambda _, index=index: seen.append(f"weight {index}"))  # type: ignore[misc]
-    original = pull.backward
-    with patch.object(pull, "backward", backward):
-        for _ in range(2):
+    original, orders = pull.backward, []
+
+    def train() -> None:
+        x = torch.randn(2, WIDTH, device=device())
+        other = torch.ones(1, requires_grad=True)
+        for _ in range(nodes_before):
+            other = other * 1
+        for _ in range(steps):
+            wrapped(x).sum().backward()
+            orders.append(seen.copy())
             seen.clear()
-            wrapped(torch.randn(2, WIDTH, device=device())).sum().backward()
-    return seen
+
+    with patch.object(pull, "backward", backward):
+        thread = threading.Thread(target=train)  # each has numbers of its own for its nodes
+        thread.start()
+        thread.join()
+    return orders
+
+
+def _backwards_behind_other_nodes() -> list[list[str]]:
+    """Of which ranks have made unlike numbers."""
+    return _backwards(steps=2, nodes_before=5 * dist.get_rank())
 
 
 @multi_world_sizes
 def test_a_gradient_is_taken_some_layers_later(world_size: int) -> None:
     """What takes it waits for the average, so that it must not come before others' products."""
-    for seen in run_ranks(world_size, _order):
+    for seen in itertools.chain(*run_ranks(world_size, _backwards, 2)):
         depth = len(seen) // 2
+        assert depth == SITES_BETWEEN + 4
         for index in range(depth):
             weight = seen.index(f"weight {index}")
             between = max(0, index - SITES_BETWEEN)
             assert seen.index(f"layer {between}") < weight, seen
             if index > SITES_BETWEEN:  # and not much later: gradients would pile up
                 assert weight < seen.index(f"layer {between - 1}"), seen
+
+
+@multi_world_sizes
+def test_ranks_take_gradients_in_one_order(world_size: int) -> None:
+    """Hooks may communicate, and so does an optimizer's step in one."""
+    first, *others = run_ranks(world_size, _backwards_behind_other_nodes)
+    assert all(orders == first for orders in others)
+    assert first[0] == first[1]
+
+
+def _nested(transport: str) -> None:
+    """A hook has another loss's gradients while those of weights are on their way."""
+    torch.manual_seed(0)
+    dense = Chain(SITES_BETWEEN + 3).to(device(), torch.float64)
+    policy = ShardingPolicy(replicate_below=0, transport=transport)
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
+    batch = torch.randn(dist.get_world_size(), 2, WIDTH).to(device(), torch.float64)
+    for model, x in ((dense, batch.flatten(0, 1)), (wrapped, batch[dist.get_rank()])):
+        layers = list(model.children()) if model is dense else list(wrapped.module.children())  # type: ignore[operator]
+        outputs: list[torch.Tensor] = []
+        for layer in layers:
+            layer.register_forward_hook(lambda *args: outputs.append(args[2]))  # noqa: B023
+        y = model(x)
+        other, within = (y * 5).sum(), []
+
+        def hook(gradient: torch.Tensor) -> None:
+            if not within:  # noqa: B023
+                within.append(gradient)  # noqa: B023
+                torch.autograd.grad(other, outputs[2], retain_graph=True)  # noqa: B023
+
+        outputs[2].register_hook(hook)
+        mean_square(y).backward(retain_graph=True)
+        assert within
+    compare_gradients(dense, wrapped)
+
+
+@pytest.mark.parametrize("transport", ["peer", "ring"])
+@multi_world_sizes
+def test_a_backward_within_a_backward_has_gradients_of_its_own(
+    world_size: int, transport: str
+) -> None:
+    run_ranks(world_size, _nested, transport)
 
 
 class Shared(nn.Module):

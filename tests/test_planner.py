@@ -282,3 +282,12 @@ def test_the_default_staging_is_for_most_layers() -> None:
     assert _staging(9, width=512, vocab=500_000) == 224, "no pieces below 32 MiB"
     assert _staging(9, width=512, vocab=512) == 7, "but no more than there is use for"
     assert _staging(9, width=4096, vocab=50_000, staging_bytes=2000 * MIB) == 2000
+
+
+def test_the_default_staging_has_room_for_every_kernel() -> None:
+    """Which no cut divides."""
+    with torch.device("meta"):
+        layers = [nn.Linear(512, 512) for _ in range(20)]
+        model = nn.ModuleList([*layers, nn.Conv1d(8, 8, 1 << 20)])
+    planned = rtp_wrap.plan(model, world_size=16, policy=ShardingPolicy(transport="peer"))
+    assert planned.staging_bytes == 7 * 16 * 4 * MIB

@@ -22,11 +22,10 @@ from weakref import WeakValueDictionary
 import torch
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.ops.gradient import Gradient, RotatingWeight, token_of
+from rtp_wrap.ops.gradient import Pending, RotatingWeight, token_of
 from rtp_wrap.ops.linear import Layout, check_features, flat, linear_backward, linear_forward
 from rtp_wrap.ops.rotate import autocast_dtype, check_dtype, without_autocast
 from rtp_wrap.ring import Ring
-from rtp_wrap.shard import dtensor_like
 from rtp_wrap.written import WriteCheck
 
 _numbers = itertools.count()
@@ -43,8 +42,8 @@ class CapturedLinear:
             self.number = torch.tensor(number, device="cpu")
         self.weight: DTensor | None = None
         self._order: Order | None = None
-        # What the operators of a backward have found so far, by its number: they may be nested.
-        self._pending: dict[int, Gradient] = {}
+        #: What the operators of a backward have found so far, for the nodes of all calls.
+        self.pending = Pending()
         _layers[number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -55,7 +54,7 @@ class CapturedLinear:
         """What one call of the layer is in a graph; made outside of it."""
         self.weight, self._order = weight, order
         if torch._C._current_graph_task_id() == -1:
-            self._pending.clear()  # of backwards that raised
+            self.pending.clear()
         token = token_of(_CapturedWeight(self, weight), self.ring)
         features = weight.shape[1 if self.transposed else 0]
         dtype = self.ring.precision.compute_dtype(weight.dtype)
@@ -67,27 +66,6 @@ class CapturedLinear:
         assert self._order is not None
         self._order.provide()
         return self.weight
-
-    def put(self, gradient: Gradient) -> None:
-        """Leave a gradient for the weight's node; of several uses in one backward their sum."""
-        backward = torch._C._current_graph_task_id()  # no public call tells
-        if backward in self._pending:
-            before, its = self._pending[backward].wait(), gradient.wait()
-            total = dtensor_like(before._local_tensor + its._local_tensor, its)
-            gradient = Gradient(total, ready=None)
-        elif backward != -1:
-
-            def drop() -> None:
-                """Nobody takes it in torch.autograd.grad() of an input alone, say."""
-                self._pending.pop(backward, None)
-
-            torch.autograd.Variable._execution_engine.queue_callback(drop)
-        self._pending[backward] = gradient
-
-    def take(self) -> DTensor | None:
-        """What was left, if the node of another call has not taken it together with its own."""
-        gradient = self._pending.pop(torch._C._current_graph_task_id(), None)
-        return None if gradient is None else gradient.wait()
 
 
 class Order:
@@ -121,18 +99,17 @@ class LinearInputs(NamedTuple):
 class _CapturedWeight(RotatingWeight):
     """A weight in one call of a compiled module, however often the layer is used in there."""
 
-    __slots__ = ("_layer", "_written")
+    __slots__ = ("_written",)
 
     def __init__(self, layer: CapturedLinear, weight: DTensor) -> None:
-        super().__init__(weight, layer.ring)
-        self._layer = layer
+        super().__init__(weight, layer.ring, layer.pending)
         # Also found where an operator compares versions, unless the forward was computed again
         # for the backward, and after the write.
         self._written = WriteCheck(weight, layer.fqn, layer.ring)
 
     def take(self) -> DTensor | None:
         self._written.check()
-        return self._layer.take()
+        return super().take()
 
 
 def captured_linear(
@@ -254,7 +231,7 @@ def _backward(
     with torch.no_grad(), without_autocast(dy.device.type):
         (dx,), dw = linear_backward(its.ring, its.fqn, layout, xs, [flat(dy)], weight, [needs_dx])
     if dw is not None:
-        its.put(dw)
+        its.pending.put(dw)
     return dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], features)
 
 

@@ -22,8 +22,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.ring import Ring
+from rtp_wrap.shard import dtensor_like
 
-#: The computation may not be further ahead of the averages anyway: their staging has three slots.
+#: So far the computation is ahead of the averages at the most, where layers fill a slot of the
+#: staging; with smaller layers it can be further ahead, and may have to wait.
 SITES_BETWEEN = 3
 
 
@@ -41,24 +43,64 @@ class Gradient:
         return self.value
 
 
+class Pending:
+    """Gradients of a weight on the way to its node, by backward: hooks can run one within one."""
+
+    __slots__ = ("_gradients",)
+
+    def __init__(self) -> None:
+        self._gradients: dict[int, list[Gradient]] = {}
+
+    def put(self, gradient: Gradient) -> None:
+        """Leave it; to be called in a backward."""
+        backward = torch._C._current_graph_task_id()  # no public call tells
+        if backward not in self._gradients:
+            self._gradients[backward] = []
+
+            def drop() -> None:
+                """Nobody takes it in torch.autograd.grad() of an input alone, say."""
+                self._gradients.pop(backward, None)
+
+            torch.autograd.Variable._execution_engine.queue_callback(drop)
+        self._gradients[backward].append(gradient)
+
+    def take(self) -> DTensor | None:
+        """The sum of what was left in this backward, for work on the current stream."""
+        gradients = self._gradients.pop(torch._C._current_graph_task_id(), None)
+        if not gradients:
+            return None
+        first, *others = [gradient.wait() for gradient in gradients]
+        if not others:
+            return first
+        total = first._local_tensor
+        for other in others:
+            total = total + other._local_tensor
+        return dtensor_like(total, first)
+
+    def clear(self) -> None:
+        """Of backwards that raised."""
+        self._gradients.clear()
+
+
 class RotatingWeight:
     """A weight in one use, and its gradient on the way from the op's node to the weight's."""
 
-    __slots__ = ("_gradient", "_token_gradient", "weight")
+    __slots__ = ("_pending", "_token_gradient", "weight")
 
-    def __init__(self, weight: DTensor, ring: Ring) -> None:
+    def __init__(self, weight: DTensor, ring: Ring, pending: Pending | None = None) -> None:
         self.weight = weight
-        self._gradient: Gradient | None = None
+        self._pending = Pending() if pending is None else pending
         self._token_gradient = ring.no_gradient
 
     def put(self, gradient: Gradient | None) -> torch.Tensor | None:
         """Leave the gradient for the weight's node; returns that of the token."""
-        self._gradient = gradient
-        return None if gradient is None else self._token_gradient
+        if gradient is None:
+            return None
+        self._pending.put(gradient)
+        return self._token_gradient
 
     def take(self) -> DTensor | None:
-        gradient, self._gradient = self._gradient, None
-        return None if gradient is None else gradient.wait()
+        return self._pending.take()
 
 
 def rotating(weight: DTensor, ring: Ring) -> tuple[torch.Tensor | None, RotatingWeight]:
@@ -74,34 +116,38 @@ def token_of(use: RotatingWeight, ring: Ring) -> torch.Tensor | None:
     """What stands in for the weight of ``use``; its gradient's node takes from ``use``."""
     if not (torch.is_grad_enabled() and use.weight.requires_grad):
         return None
-    token: torch.Tensor = _WeightNode.apply(use.weight, use, ring)
-    if ring.peers is not None:
-        _put_off(token.grad_fn)
+    if ring.peers is None or not ring.overlap:  # the gradient is there when the rotation is over
+        token: torch.Tensor = _WeightNode.apply(use.weight, use, ring)
+        return token
+    before = _numbers.last
+    token = _WeightNode.apply(use.weight, use, ring)
+    _put_off(token.grad_fn, before)
     return token
 
 
 class _Numbers(threading.local):
-    """Of the last weights' nodes of this thread; each thread counts its own nodes."""
+    """Of the last weights' nodes of this thread: each thread counts its nodes."""
 
     def __init__(self) -> None:
-        self.last: deque[int] = deque(maxlen=SITES_BETWEEN)
+        # At first, of nodes that are older than any weight's.
+        leaf = torch.empty(0, device="cpu", requires_grad=True)
+        nodes: list[Any] = [leaf.view_as(leaf).grad_fn for _ in range(SITES_BETWEEN)]
+        self.last = deque((node._sequence_nr() for node in nodes), maxlen=SITES_BETWEEN)
 
 
 _numbers = _Numbers()
 
 
-def _put_off(node: Any) -> None:
+def _put_off(node: Any, before: deque[int]) -> None:
     """Have ``node`` run when the backward of the site ``SITES_BETWEEN`` before its own has run.
 
     Of the nodes that are ready autograd runs the youngest, the one with the highest number. So a
-    node with that of an older one comes later, and any number is right. But those of weights always
-    have one order, or the gradients of several uses would be added in another, and differ in the
-    last bit. No public call sets a number.
+    node with that of an older one comes later. Each of those numbers is given to one node, so that
+    weights' nodes have one order, the same on all ranks. No public call sets a number.
     """
-    last = _numbers.last
     number = node._sequence_nr()
-    node._set_sequence_nr(last[0] if len(last) == SITES_BETWEEN else len(last))
-    last.append(number)
+    node._set_sequence_nr(before[0])
+    before.append(number)
 
 
 class _WeightNode(torch.autograd.Function):

@@ -70,7 +70,7 @@ def rotate_backward(
         dw = by.backward(ring, event, weight, dtype, dgrad, wgrad)
     if dw is None:
         return None
-    ready = None if ring.peers is None else ring.peers.averaged()
+    ready = None if ring.peers is None or not weight.numel() else ring.peers.averaged()
     return Gradient(dtensor_like(dw, weight), ready)
 
 

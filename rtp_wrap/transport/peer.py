@@ -369,8 +369,8 @@ class PeerTransport:
         """Memory for the gradient of a home shard, which ``average`` writes to."""
         gradient = torch.empty_like(home, memory_format=torch.contiguous_format)
         if self.gradient_stream is not None:
-            # The memory is the computation's, as activations leave it room in backward. A backward
-            # that raises may drop it before that stream is done with it.
+            # The memory is the computation's, as activations leave it room in backward. It may be
+            # dropped before that stream is done with it: nobody takes the gradient, or one raises.
             gradient.record_stream(self.gradient_stream)
         return gradient
 
