@@ -31,6 +31,7 @@ from harness import models, report
 from harness.hardware import this_device
 from harness.strategies import STRATEGIES, Setting, apply
 from harness.trial import adamw
+from rtp_wrap.modules import linear as modules_linear
 from rtp_wrap.ops import gradient, linear, pull
 from rtp_wrap.ring import Ring
 from rtp_wrap.transport import peer
@@ -43,7 +44,7 @@ PARTS = ("forward", "backward", "optimizer")
 SITES = 7  # of a block
 #: What is timed, from the outside in.
 TIMED: tuple[tuple[Any, str], ...] = (
-    (linear, "rotated_linear"),
+    (modules_linear, "rotated_linear"),
     (gradient, "token_of"),
     (linear, "linear_forward"),
     (linear, "linear_backward"),

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from harness.hardware import this_device
 from rtp_wrap.transport import PointToPoint, candidates, open_memory, wanted
+from rtp_wrap.transport.cells import aligned
 
 CALLS, REPEATS = 10, 5
 
@@ -131,7 +132,7 @@ class _Pulls:
         device = this_device()
         group = init_device_mesh(device.type, (dist.get_world_size(),)).get_group()
         rank, ranks = group.rank(), group.size()
-        part = nbytes // (ranks - 1)
+        part = aligned(nbytes // (ranks - 1))  # as tiles are
         self._memory = open_memory(group, device, ranks * part)
         own = self._memory.of(rank)
         places = [slice(turn * part, (turn + 1) * part) for turn in range(ranks)]

@@ -17,6 +17,8 @@ Rotate      Of a weight of ``W`` bytes a rank pulls (N-1)/N W in forward and aga
 Step        That, and what ``communication`` says of the rest: collectives, 1/N of the optimizer.
 
 Ranks wait for the slowest of them at every layer; that, and small tiles' own times, are left out.
+Bytes are those in the dtype of the products: what is cast on its way from and to wider weights
+(mixed precision) counts as if it were not wider.
 """
 
 from __future__ import annotations
