@@ -40,7 +40,8 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of a test with many cases, run each case at some of its world sizes only.
 
-    All sizes are still seen, with other cases each. RTP_TEST_EXAMPLES=10 runs everything.
+    All sizes are still seen, with other cases each. A test with one case leaves out one of the two
+    largest sizes in turn with the others. RTP_TEST_EXAMPLES=10 runs everything.
     """
     if THOROUGH or len(WORLD_SIZES) < 3:
         return
@@ -50,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if isinstance(item, pytest.Function) and params.pop("world_size", None) is not None:
             tests[item.parent, item.originalname][repr(params)].append(item)
     dropped: set[pytest.Item] = set()
-    for cases in tests.values():
+    for number, cases in enumerate(tests.values()):
         for index, sizes in enumerate(cases.values()):
             # Not simply in turn, or one value of a parameter would always come with the same sizes.
             turn = index + index.bit_count()
@@ -59,6 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 dropped.remove(sizes[turn % len(sizes)])
             elif len(cases) >= MANY_CASES and len(sizes) > 2:
                 dropped.update(sizes[turn % 2 :: 2])
+            elif len(sizes) > 2:
+                dropped.add(sizes[-1 - number % 2])
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
 

@@ -523,7 +523,7 @@ def _check_nothing_pends() -> None:
     torch.autograd.grad(mean_square(wrapped(x)), x)
     layers = [vars(each)["_layer"] for each in wrapped.modules() if "_layer" in vars(each)]
     assert len(layers) == 3 * 3
-    assert not any(each._pending for each in layers)
+    assert not any(each.pending for each in layers)
 
 
 def test_gradients_that_nobody_takes_are_dropped() -> None:

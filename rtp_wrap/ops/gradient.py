@@ -77,6 +77,9 @@ class Pending:
             total = total + other._local_tensor
         return dtensor_like(total, first)
 
+    def __len__(self) -> int:
+        return len(self._gradients)
+
     def clear(self) -> None:
         """Of backwards that raised."""
         self._gradients.clear()
