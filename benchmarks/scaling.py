@@ -128,19 +128,17 @@ def _calibrate(
     spec, alone, most = trial.spec(), crews[1], max(crews)
     dtype = trial.setting.compute_dtype
     ring = crews[most]
-    hops = [max(each) for each in zip(*ring.run(link.hops, SIZES), strict=True)]
-    gathers = [max(each) for each in zip(*ring.run(link.gathers, SIZES), strict=True)]
-    beside = max(
-        ring.run(link.beside_hop, BESIDE, trial.tokens, spec.dim, dtype), key=lambda each: each[-1]
-    )
+    beside = trial.tokens, spec.dim, dtype
+    measured = {
+        "hops": _by_size(ring.run(link.hops, SIZES)),
+        "gathers": _by_size(ring.run(link.gathers, SIZES)),
+        "beside": _slowest(ring.run(link.beside_hop, BESIDE, *beside)),
+    }
     pulls = ring.run(link.pulls, SIZES)
-    peers: dict[str, Any] = {}
     if None not in pulls:
-        taken = [max(each) for each in zip(*pulls, strict=True)]
-        peers["pulls"] = list(zip(SIZES, taken, strict=True))
-        besides = ring.run(link.beside_pull, BESIDE, trial.tokens, spec.dim, dtype)
-        peers["beside a pull"] = max(besides, key=lambda each: each[-1])
-        peers["copied"] = SIZES[-1], max(ring.run(link.copies, SIZES[-1]))
+        measured["pulls"] = _by_size(pulls)
+        measured["beside a pull"] = _slowest(ring.run(link.beside_pull, BESIDE, *beside))
+        measured["copied"] = SIZES[-1], max(ring.run(link.copies, SIZES[-1]))
     advance(f"link, on {most}")
     (optimizer,) = alone.run(compute.optimizer_seconds, trial)
     narrow = max(1, spec.dim // max(counts))
@@ -148,13 +146,20 @@ def _calibrate(
     advance("optimizer, on 1")
     return {
         "ranks": most,
-        "hops": list(zip(SIZES, hops, strict=True)),
-        "gathers": list(zip(SIZES, gathers, strict=True)),
-        "beside": beside,
         "optimizer": optimizer,
         "floor": floor,
-        **peers,
+        **measured,
     }
+
+
+def _by_size(ranks: Sequence[Any]) -> Any:
+    """(bytes, seconds) for each of ``SIZES``, of what each rank measured."""
+    return list(zip(SIZES, map(max, zip(*ranks, strict=True)), strict=True))
+
+
+def _slowest(ranks: Sequence[tuple[float, ...]]) -> Any:
+    """The rank on which both took longest."""
+    return max(ranks, key=lambda each: each[-1])
 
 
 def _parser() -> argparse.ArgumentParser:

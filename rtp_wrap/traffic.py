@@ -27,7 +27,7 @@ from rtp_wrap.hops import backward_slots
 from rtp_wrap.policy import MixedPrecisionPolicy
 from rtp_wrap.shard import TileGrid, local_shape
 from rtp_wrap.transport import Staging
-from rtp_wrap.transport.cells import slots
+from rtp_wrap.transport.cells import cut, slots
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Network:
         self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, weights: int, wgrad: bool
     ) -> Traffic:
         """What others pull: this rank's tiles ``weights`` times, and its parts for their owners."""
-        its = slots(overlap=self.overlap)
-        grid = its.cut(shape, dim, self.world_size, dtype, self.staging_bytes)
+        room = slots(overlap=self.overlap).largest_cell(self.staging_bytes)
+        grid = cut(shape, dim, self.world_size, dtype, room)
         total = Traffic()
         for owner in range(self.world_size):
             tiles = [grid.tile(owner, cell) for cell in grid.cells()] if self.world_size > 1 else []

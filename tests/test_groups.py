@@ -60,12 +60,11 @@ def _train(
 
 
 def _run_unlike(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """For ranks that wrap unlike numbers of models: on GPUs no group of theirs is peers then."""
+    """For ranks that wrap unlike numbers of models."""
     try:
         return run_ranks(world_size, function, *args)
     finally:
-        if DEVICE_TYPE == "cuda":
-            replace_ranks(world_size)
+        replace_ranks(world_size)
 
 
 def _split(sizes: list[int]) -> list[torch.Tensor]:

@@ -111,8 +111,7 @@ class _Hops:
 
     def __init__(self, nbytes: int) -> None:
         device = this_device()
-        group = init_device_mesh(device.type, (dist.get_world_size(),)).get_group()
-        self._transport = PointToPoint(group)
+        self._transport = PointToPoint(_everyone())
         self._there = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         self._arriving = torch.empty_like(self._there)
         self._tags = itertools.count()
@@ -129,8 +128,7 @@ class _Pulls:
     """Pulls one after another, always the same: ``nbytes`` into every rank, from all others."""
 
     def __init__(self, nbytes: int) -> None:
-        device = this_device()
-        group = init_device_mesh(device.type, (dist.get_world_size(),)).get_group()
+        device, group = this_device(), _everyone()
         rank, ranks = group.rank(), group.size()
         part = aligned(nbytes // (ranks - 1))  # as tiles are
         self._memory = open_memory(group, device, ranks * part)
@@ -158,9 +156,11 @@ class _Pulls:
 
 
 def _are_peers() -> bool:
-    device = this_device()
-    group = init_device_mesh(device.type, (dist.get_world_size(),)).get_group()
-    return candidates(wanted("auto"), group, device)[0] == "peer"
+    return candidates(wanted("auto"), _everyone(), this_device())[0] == "peer"
+
+
+def _everyone() -> dist.ProcessGroup:
+    return init_device_mesh(this_device().type, (dist.get_world_size(),)).get_group()
 
 
 def _now() -> float:

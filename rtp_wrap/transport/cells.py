@@ -71,22 +71,19 @@ class Slots(NamedTuple):
         """The least staging in which tiles of ``tile_bytes``, one per owner, are never cut."""
         return sum(self) * world_size * aligned(tile_bytes)
 
-    def cut(
-        self,
-        shape: tuple[int, ...],
-        dim: int,
-        world_size: int,
-        dtype: torch.dtype,
-        staging_bytes: int,
-    ) -> TileGrid:
-        """A weight of ``shape``, sharded along ``dim``, in cells whose tiles fit together."""
-        room = self.largest_cell(staging_bytes) // world_size // ALIGNMENT * ALIGNMENT
-        return TileGrid(shape, dim, world_size, room // dtype.itemsize)
-
 
 def slots(*, overlap: bool) -> Slots:
     """One is in use, and others may still read the one before; two more if they come ahead."""
     return Slots(3, 3, 1) if overlap else Slots(2, 2, 1)
+
+
+def cut(
+    shape: tuple[int, ...], dim: int, world_size: int, dtype: torch.dtype, room: int
+) -> TileGrid:
+    """A weight of ``shape``, sharded along ``dim``, in cells whose tiles fit ``room`` together."""
+    return TileGrid(
+        shape, dim, world_size, room // world_size // ALIGNMENT * ALIGNMENT // dtype.itemsize
+    )
 
 
 def cells_of(memory: PeerMemory, grid: TileGrid, dtype: torch.dtype) -> list[Cell]:
@@ -104,7 +101,7 @@ def published_cells(
     """A weight of ``shape``, sharded along its rows, in cells whose tiles stay with their owners.
 
     ``consumed`` of their ``Weights`` is ``Published``. In ``room`` bytes they have one tile, not
-    one of each owner: so tiles are larger than those of ``Slots.cut``.
+    one of each owner: so tiles are larger than those of ``cut``.
     """
     grid = TileGrid(shape, 0, memory.world_size, room // dtype.itemsize)
     return [

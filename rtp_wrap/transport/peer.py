@@ -55,6 +55,7 @@ from rtp_wrap.transport.cells import (
     Published,
     Tiles,
     cells_of,
+    cut,
     published_cells,
     slots,
 )
@@ -118,7 +119,6 @@ class PeerTransport:
     ) -> None:
         self._memory = memory
         self._agree = agree
-        self._staging_bytes = staging_bytes
         self._device = device
         self._overlap = overlap
         self._concurrent = overlap and device.type == "cuda"
@@ -170,12 +170,11 @@ class PeerTransport:
         key = shape, dim, dtype, reads
         cells = self._cells.get(key)
         if cells is None:
-            memory = self._memory
+            memory, room = self._memory, self._room
             if reads:
-                cells = published_cells(memory, self._addresses, tuple(shape), dtype, self._room)
+                cells = published_cells(memory, self._addresses, tuple(shape), dtype, room)
             else:
-                ranks, nbytes = memory.world_size, self._staging_bytes
-                grid = self._slots.cut(tuple(shape), dim, ranks, dtype, nbytes)
+                grid = cut(tuple(shape), dim, memory.world_size, dtype, room)
                 cells = cells_of(memory, grid, dtype)
             self._cells[key] = cells
         return cells

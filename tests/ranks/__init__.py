@@ -126,8 +126,11 @@ def run_ranks(
 
 
 def replace_ranks(world_size: int) -> None:
-    """After a test that leaves behind what the next ones must not see; launched ranks stay."""
-    if not LAUNCHED and world_size in _runners:
+    """After ranks have wrapped unlike numbers of models: on GPUs no group of theirs is peers then.
+
+    Launched ranks stay.
+    """
+    if DEVICE_TYPE == "cuda" and not LAUNCHED and world_size in _runners:
         _runners.pop(world_size).close()
 
 
