@@ -26,6 +26,7 @@ from rtp_wrap import assigned
 from rtp_wrap.anomaly import let_anomalies_be_detected
 from rtp_wrap.lockstep import Lockstep
 from rtp_wrap.policy import MixedPrecisionPolicy
+from rtp_wrap.streams import current_stream
 from rtp_wrap.transport import PeerTransport, PointToPoint, Staging, open_memory
 
 _rings: WeakValueDictionary[str, Ring] = WeakValueDictionary()
@@ -164,10 +165,10 @@ class Ring:
 
     def _follow_stream(self) -> None:
         """The staging is shared by all streams, so work that uses it must not overlap."""
-        stream = torch.cuda.current_stream(self.device.index)
+        stream = current_stream(self.device)
         capturing = torch.cuda.is_current_stream_capturing()
         if not capturing:  # a graph cannot wait for what is outside of it
-            if self._stream is not None and self._stream != stream:
+            if self._stream is not None and self._stream is not stream:
                 stream.wait_stream(self._stream)
             self._stream = stream
         if self.peers is not None:

@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rtp_wrap import ring
-from rtp_wrap.transport import lane, peer
+from rtp_wrap.transport import lane, mean, peer
 from rtp_wrap.transport.cells import Copies
 from tests.happens_before import Access, Barrier, Operation, mistakes_of
 
@@ -32,14 +32,10 @@ class Stream:
         self.frontier: tuple[int, ...] = ()
         machine.streams[machine.rank].append(self)
 
-    def wait_event(self, event: Event) -> None:
-        if event.frontier is not None:
-            self._machine.wait(self, event)
-
     def wait_stream(self, other: Stream) -> None:
         event = Event(self._machine)
         event.record(other)
-        self.wait_event(event)
+        event.wait(self)
 
 
 class Event:
@@ -52,6 +48,10 @@ class Event:
 
     def record(self, stream: Stream) -> None:
         self.graph, self.frontier = self._machine.graph, self._machine.frontier(stream)
+
+    def wait(self, stream: Stream) -> None:
+        if self.frontier is not None:
+            self._machine.wait(stream, self)
 
 
 class Graph:
@@ -172,12 +172,21 @@ class Machine:
         self.enqueue(None, "a replay ends")
 
     @contextmanager
+    def using(self, stream: Stream) -> Iterator[None]:
+        """``stream`` is the current one."""
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    @contextmanager
     def recording(self) -> Iterator[None]:
         """The peer transport takes this machine for CUDA."""
         fake = _Torch(self)
         with ExitStack() as stack:
-            for module in (peer, lane, ring):
+            for module in (peer, lane, ring, mean):
                 stack.enter_context(patch.object(module, "torch", fake))
+            current = stack.enter_context(patch.object(ring, "current_stream"))
+            current.side_effect = lambda device: self.current
             stack.enter_context(_Recorder(self))
             yield
 
@@ -217,9 +226,9 @@ class _Torch:
         self.cuda = SimpleNamespace(
             Stream=lambda device, priority: Stream(machine),
             Event=lambda: Event(machine),
+            stream=machine.using,
             current_stream=lambda device: machine.current,
             is_current_stream_capturing=lambda: machine.graph is not None,
-            set_stream=partial(setattr, machine, "current"),
         )
         self._C = SimpleNamespace(_current_graph_task_id=lambda: machine.backward)
         engine = SimpleNamespace(queue_callback=lambda call: machine.callbacks.append(call))

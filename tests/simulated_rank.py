@@ -275,7 +275,7 @@ class Rank:
 
         def check() -> None:
             if ready is not None:
-                self.current.wait_event(cast(Any, ready))
+                ready.wait(cast(Any, self.current))
             machine.enqueue(None, f"gradient {name}", reads=[gradient], run=is_mean)
 
         return check

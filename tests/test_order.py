@@ -8,6 +8,7 @@ in one order, in which every product must find the tiles of its weight, and ever
 from __future__ import annotations
 
 import gc
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +24,7 @@ from rtp_wrap import ring
 from rtp_wrap.transport import peer
 from rtp_wrap.transport.lane import Lane
 from rtp_wrap.transport.peer import PeerTransport
-from tests.simulated import Graph, Stream
+from tests.simulated import Event, Graph, Stream
 from tests.simulated_rank import Order, Raised, Rank, World
 
 EQUAL = dict.fromkeys("abcde", (8, 8))
@@ -319,23 +320,24 @@ def _waits() -> Iterator[tuple[str, int]]:
     for module in (peer, ring):
         assert module.__file__ is not None
         for number, line in enumerate(Path(module.__file__).read_text().splitlines(), start=1):
-            if ".wait_event(" in line or ".wait_stream(" in line:
+            if re.search(r"\.wait(_stream)?\(", line):
                 yield module.__file__, number
 
 
 @contextmanager
 def _without(wait: tuple[str, int]) -> Iterator[None]:
-    def unless_called_there(original: Callable[[Stream, Any], None]) -> Any:
-        def method(stream: Stream, other: Any) -> None:
+    def unless_called_there(original: Callable[[Any, Any], None]) -> Any:
+        def method(self: Any, other: Any) -> None:
             caller = sys._getframe(1)
             if (caller.f_code.co_filename, caller.f_lineno) != wait:
-                original(stream, other)
+                original(self, other)
 
         return method
 
-    methods = Stream.wait_event, Stream.wait_stream
-    replaced = {each.__name__: unless_called_there(each) for each in methods}
-    with patch.multiple(Stream, **replaced):
+    with (
+        patch.object(Event, "wait", unless_called_there(Event.wait)),
+        patch.object(Stream, "wait_stream", unless_called_there(Stream.wait_stream)),
+    ):
         yield
 
 

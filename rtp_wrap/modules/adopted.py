@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from rtp_wrap import assigned
 from rtp_wrap.casting import cast_floats, cast_inputs
 from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.capture import Capture
-from rtp_wrap.modules.frame import Frame, read
+from rtp_wrap.modules.frame import frame_of, read
 from rtp_wrap.modules.loading import own_part
 from rtp_wrap.modules.misuse import (
     check_conversion,
@@ -41,7 +42,7 @@ def _in_a_frame(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
         if self._captured is not None and torch.compiler.is_compiling():
             return method(self, *args, **kwargs)
-        with Frame(self, self._adoption):
+        with frame_of(self, self._adoption):
             return method(self, *args, **kwargs)
 
     return run
@@ -71,7 +72,7 @@ class Adopted(nn.Module):
             with _compiled_frame(self, self._adoption), Capture(self, self._adoption):
                 return super().__call__(*args, **kwargs)
         # Around hooks, too, and around a ``forward`` that was patched into the object.
-        with Frame(self, self._adoption):
+        with frame_of(self, self._adoption):
             return super().__call__(*args, **kwargs)
 
     @_in_a_frame
@@ -191,13 +192,13 @@ def _new_optimized(
     return new
 
 
-def _compiled_frame(module: nn.Module, adoption: Adoption) -> Frame:
+def _compiled_frame(module: nn.Module, adoption: Adoption) -> AbstractContextManager[None]:
     """Of a module that is entered by a graph, which keeps what is gathered for it.
 
     Whether a graph needs a weight again depends on the sizes of a rank's batch: it must not depend
     on that whether the rank gathers it again.
     """
-    return Frame(module, adoption, regather=False)
+    return frame_of(module, adoption, regather=False)
 
 
 def is_optimized(module: nn.Module) -> bool:

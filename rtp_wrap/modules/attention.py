@@ -10,7 +10,7 @@ from torch import nn
 
 from rtp_wrap.attend import additive, append_token, attend
 from rtp_wrap.modules.adoption import Adoption
-from rtp_wrap.modules.frame import Frame
+from rtp_wrap.modules.frame import frame_of
 from rtp_wrap.modules.rotated import Rotated, keeps, may_rotate
 from rtp_wrap.ops import rotated_linear, rotated_projections
 from rtp_wrap.policy import Rotate
@@ -82,7 +82,7 @@ class RotatedMultiheadAttention(Rotated):
             attn_mask = None  # the hint says it all
         self._check_inputs(query, key, value)
         self._check_masks(query, key, key_padding_mask, attn_mask)
-        with Frame(self, adoption):
+        with frame_of(self, adoption):
             q, k, v = (self._heads(x) for x in self._project(adoption, query, key, value))
             appended = int(self.add_zero_attn)
             if self.bias_k is not None and self.bias_v is not None:

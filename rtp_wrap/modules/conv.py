@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtp_wrap.modules.frame import Frame
+from rtp_wrap.modules.frame import frame_of
 from rtp_wrap.modules.rotated import Rotated, rotates_weight
 from rtp_wrap.ops import rotated_conv
 
@@ -39,7 +39,7 @@ class RotatedConv(Rotated):
         if adoption is None or adoption.ring.world_size == 1:
             return super().forward(input)  # nothing to rotate: torch's own, bit for bit
         input, padding = self._padded(input)
-        with Frame(self, adoption):
+        with frame_of(self, adoption):
             return rotated_conv(
                 input,
                 self.home("weight"),
@@ -101,7 +101,7 @@ class RotatedConvTranspose(Rotated):
             len(self.kernel_size),
             self.dilation,
         )
-        with Frame(self, adoption):
+        with frame_of(self, adoption):
             return rotated_conv(
                 input,
                 self.home("weight"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -19,15 +20,15 @@ from rtp_wrap.replicate import replicated
 #: A parameter as it reads in one autograd mode: a plain tensor made under ``no_grad`` must not be
 #: read where gradients are wanted, nor one of ``inference_mode`` outside it.
 _Key = tuple[int, bool, bool]
+_NOTHING = nullcontext()
 
 
 class Frame:
     """A context manager around the forward of one adopted module.
 
     Within it, gathered parameters read as whole plain tensors, made once per frame and gone with
-    it; replicated ones as plain tensors made once for the outermost frame's whole subtree. A frame
-    inside one of the same module (``__call__`` has one for the hooks, ``forward`` its own) is that
-    frame. ``regather=False`` leaves what autograd saves of gathered weights to the hooks around.
+    it; replicated ones as plain tensors made once for the outermost frame's whole subtree.
+    ``regather=False`` leaves what autograd saves of gathered weights to the hooks around.
     """
 
     __slots__ = (
@@ -35,7 +36,6 @@ class Frame:
         "_around",
         "_gathered",
         "_hooks",
-        "_joined",
         "_memo",
         "_module",
         "_outermost",
@@ -44,7 +44,7 @@ class Frame:
 
     def __init__(self, module: nn.Module, adoption: Adoption, regather: bool = True) -> None:
         self._module, self._adoption, self._regather = module, adoption, regather
-        self._joined = self._outermost = False
+        self._outermost = False
         self._memo: dict[_Key, tuple[DTensor, torch.Tensor]] = {}
         self._gathered: list[Gathered] = []
         self._around: PackHooks | None = None
@@ -52,16 +52,14 @@ class Frame:
 
     def __enter__(self) -> None:
         stack: list[Frame] = self._adoption.ring.frames.stack
-        self._joined = bool(stack) and stack[-1]._module is self._module
-        if not self._joined:
-            self._around = hooks_in_force()
-            ring = self._adoption.ring
-            if not stack and torch._C._current_graph_task_id() == -1:
-                ring.begin_forward(self._adoption.fqn)
-                self._outermost = True
-            if ring.sites is not None and self._adoption.strategies:
-                ring.sites.append(self._adoption.fqn)
-        stack.append(stack[-1] if self._joined else self)
+        self._around = hooks_in_force()
+        ring = self._adoption.ring
+        if not stack and torch._C._current_graph_task_id() == -1:
+            ring.begin_forward(self._adoption.fqn)
+            self._outermost = True
+        if ring.sites is not None and self._adoption.strategies:
+            ring.sites.append(self._adoption.fqn)
+        stack.append(self)
 
     def __exit__(
         self,
@@ -71,8 +69,6 @@ class Frame:
     ) -> None:
         ring = self._adoption.ring
         ring.frames.stack.pop()
-        if self._joined:
-            return
         if self._outermost:
             ring.end_forward()
         if self._hooks is not None:
@@ -122,6 +118,19 @@ class Frame:
             hooks = RegatherHooks(self._adoption.ring, self._gathered, self._around)
             self._hooks = saved_tensors_hooks(hooks.pack, hooks.unpack)
             self._hooks.__enter__()
+
+
+def frame_of(
+    module: nn.Module, adoption: Adoption, regather: bool = True
+) -> AbstractContextManager[None]:
+    """The frame of a forward of ``module``; nothing where it is the one that runs already.
+
+    ``__call__`` has one for the hooks, and so has ``forward``, which may be called itself.
+    """
+    stack: list[Frame] = adoption.ring.frames.stack
+    if stack and stack[-1]._module is module:
+        return _NOTHING
+    return Frame(module, adoption, regather)
 
 
 def _replicas(module: nn.Module) -> dict[str, tuple[DTensor, torch.dtype]]:

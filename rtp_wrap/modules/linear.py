@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rtp_wrap.modules.adoption import Adoption
-from rtp_wrap.modules.frame import Frame
+from rtp_wrap.modules.frame import frame_of
 from rtp_wrap.modules.rotated import Rotated, rotates_weight
 from rtp_wrap.ops import rotated_linear
 from rtp_wrap.ops.captured import CapturedLinear, Order, captured_linear
@@ -36,7 +36,7 @@ class RotatedLinear(Rotated):
             return super().forward(input)  # nothing to rotate: torch's own linear, bit for bit
         if self._captured is not None and torch.compiler.is_compiling():
             return captured_linear(input, self.bias, self._captured["inputs"])
-        with Frame(self, adoption):
+        with frame_of(self, adoption):
             return rotated_linear(
                 input,
                 self.home("weight"),

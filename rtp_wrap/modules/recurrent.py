@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rtp_wrap.modules.adopted import Adopted
 from rtp_wrap.modules.adoption import Adoption
-from rtp_wrap.modules.frame import Frame
+from rtp_wrap.modules.frame import frame_of
 from rtp_wrap.policy import Gather
 
 
@@ -34,7 +34,7 @@ class AdoptedRecurrent(Adopted):
         return self._run(adoption, True, *args, **kwargs)
 
     def _run(self, adoption: Adoption, regather: bool, *args: Any, **kwargs: Any) -> Any:
-        with Frame(self, adoption, regather):
+        with frame_of(self, adoption, regather):
             # Read once: what reads as a plain tensor under no_grad, as in `flatten_parameters`, is
             # another one than outside.
             vars(self)["_whole_weights"] = self._flat_weights

@@ -23,7 +23,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.ops.gradient import Pending, RotatingWeight, token_of
-from rtp_wrap.ops.linear import Layout, check_features, flat, linear_backward, linear_forward
+from rtp_wrap.ops.linear import check_features, flat, layout_of, linear_backward, linear_forward
 from rtp_wrap.ops.rotate import autocast_dtype, check_dtype, without_autocast
 from rtp_wrap.ring import Ring
 from rtp_wrap.written import WriteCheck
@@ -186,7 +186,7 @@ def _forward(
     check_features(its.fqn, x, weight, its.transposed)
     check_dtype(its.fqn, x, dtype)
     versions = WriteCheck(weight, its.fqn, its.ring).versions
-    layout = Layout(its.transposed, [features])
+    layout = layout_of(its.transposed, (features,))
     with torch.no_grad(), without_autocast(x.device.type):
         (y,) = linear_forward(its.ring, its.fqn, layout, [x], weight, bias)
     return y, torch.tensor(versions, device="cpu")
@@ -226,7 +226,7 @@ def _backward(
     weight = its.weight
     assert weight is not None
     WriteCheck(weight, its.fqn, its.ring, tuple(versions.tolist())).check()
-    layout = Layout(its.transposed, [dy.shape[-1]])
+    layout = layout_of(its.transposed, (dy.shape[-1],))
     xs = None if x is None else [flat(x)]
     with torch.no_grad(), without_autocast(dy.device.type):
         (dx,), dw = linear_backward(its.ring, its.fqn, layout, xs, [flat(dy)], weight, [needs_dx])

@@ -15,22 +15,21 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.ring import Ring
 from rtp_wrap.shard import dtensor_like
+from rtp_wrap.streams import current_stream
 
 #: So far the computation is ahead of the averages at the most, where layers fill a slot of the
 #: staging; with smaller layers it can be further ahead, and may have to wait.
 SITES_BETWEEN = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Gradient:
+class Gradient(NamedTuple):
     """An averaged gradient, which is there when ``ready`` is; ``None`` if it is there."""
 
     value: DTensor
@@ -39,7 +38,7 @@ class Gradient:
     def wait(self) -> DTensor:
         """It, for work on the current stream, which waits; the host does not."""
         if self.ready is not None:
-            torch.cuda.current_stream(self.value.device).wait_event(self.ready)
+            self.ready.wait(current_stream(self.value.device))
         return self.value
 
 
@@ -88,19 +87,19 @@ class Pending:
 class RotatingWeight:
     """A weight in one use, and its gradient on the way from the op's node to the weight's."""
 
-    __slots__ = ("_pending", "_token_gradient", "weight")
+    __slots__ = ("_pending", "token_gradient", "weight")
 
     def __init__(self, weight: DTensor, ring: Ring, pending: Pending | None = None) -> None:
         self.weight = weight
         self._pending = Pending() if pending is None else pending
-        self._token_gradient = ring.no_gradient
+        self.token_gradient = ring.no_gradient
 
     def put(self, gradient: Gradient | None) -> torch.Tensor | None:
         """Leave the gradient for the weight's node; returns that of the token."""
         if gradient is None:
             return None
         self._pending.put(gradient)
-        return self._token_gradient
+        return self.token_gradient
 
     def take(self) -> DTensor | None:
         return self._pending.take()
@@ -120,10 +119,10 @@ def token_of(use: RotatingWeight, ring: Ring) -> torch.Tensor | None:
     if not (torch.is_grad_enabled() and use.weight.requires_grad):
         return None
     if ring.peers is None or not ring.overlap:  # the gradient is there when the rotation is over
-        token: torch.Tensor = _WeightNode.apply(use.weight, use, ring)
+        token: torch.Tensor = _WeightNode.apply(use.weight, use)
         return token
     before = _numbers.last
-    token = _WeightNode.apply(use.weight, use, ring)
+    token = _WeightNode.apply(use.weight, use)
     _put_off(token.grad_fn, before)
     return token
 
@@ -155,10 +154,10 @@ def _put_off(node: Any, before: deque[int]) -> None:
 
 class _WeightNode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: DTensor, use: RotatingWeight, ring: Ring) -> torch.Tensor:
+    def forward(ctx: Any, weight: DTensor, use: RotatingWeight) -> torch.Tensor:
         ctx.use = use
-        return torch.empty_like(ring.no_gradient)
+        return torch.empty_like(use.token_gradient)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor | None, None, None]:
-        return ctx.use.take(), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor | None, None]:
+        return ctx.use.take(), None

@@ -28,8 +28,9 @@ autocast's; tiles travel in it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -100,9 +101,8 @@ def _rotated(
     xs = in_layers_dtype(ring, fqn, weight, xs)
     bias = None if bias is None else bias.to(xs[0].dtype)
     token, use = rotating(weight, ring)
-    ys: tuple[torch.Tensor, ...] = _RotatedLinear.apply(
-        token, bias, use, ring, fqn, transposed, sizes, *xs
-    )
+    site = _Site(ring, fqn, layout_of(transposed, tuple(sizes)))
+    ys: tuple[torch.Tensor, ...] = _RotatedLinear.apply(token, bias, use, site, *xs)
     return ys
 
 
@@ -116,6 +116,14 @@ def check_features(fqn: str, x: torch.Tensor, weight: DTensor, transposed: bool)
         )
 
 
+class _Site(NamedTuple):
+    """What a rotation needs to know; together, as autograd looks at each argument of a function."""
+
+    ring: Ring
+    fqn: str
+    layout: Layout
+
+
 class _RotatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -123,10 +131,7 @@ class _RotatedLinear(torch.autograd.Function):
         token: torch.Tensor | None,
         bias: torch.Tensor | None,
         use: RotatingWeight,
-        ring: Ring,
-        fqn: str,
-        transposed: bool,
-        sizes: Sequence[int],
+        site: _Site,
         *xs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         weight = use.weight
@@ -134,28 +139,29 @@ class _RotatedLinear(torch.autograd.Function):
         ctx.shapes = [x.shape for x in xs]
         # Not saved: the home shard is the parameter's own memory, and a change of it between
         # forward and backward is found by its versions, with an error that names the layer.
-        ctx.use, ctx.written = use, WriteCheck(weight, fqn, ring)
-        ctx.ring, ctx.fqn, ctx.layout = ring, fqn, Layout(transposed, sizes)
+        ctx.use, ctx.written = use, WriteCheck(weight, site.fqn, site.ring)
+        ctx.site = site
         with without_autocast(xs[0].device.type):
-            return linear_forward(ring, fqn, ctx.layout, xs, weight, bias)
+            return linear_forward(*site, xs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[Any, ...]:
-        refuse_double_backward(ctx.fqn)
+        site: _Site = ctx.site
+        refuse_double_backward(site.fqn)
         ctx.written.check()
         needs_dw, needs_db = ctx.needs_input_grad[:2]
         dys = tuple(flat(dy) for dy in dys)  # [T, O]
         xs = [flat(x) for x in ctx.saved_tensors] if needs_dw else None  # [T, I]
-        needs_dx = list(ctx.needs_input_grad[7:])
+        needs_dx = list(ctx.needs_input_grad[4:])
         weight = ctx.use.weight
         with without_autocast(dys[0].device.type):
-            dxs, dw = linear_backward(ctx.ring, ctx.fqn, ctx.layout, xs, dys, weight, needs_dx)
+            dxs, dw = linear_backward(*site, xs, dys, weight, needs_dx)
             db = torch.cat([dy.sum(0) for dy in dys]) if needs_db else None
         shaped = [
             None if dx is None else dx.view(shape)
             for dx, shape in zip(dxs, ctx.shapes, strict=True)
         ]
-        return ctx.use.put(dw), db, None, None, None, None, None, *shaped
+        return ctx.use.put(dw), db, None, None, *shaped
 
 
 class Layout:
@@ -163,7 +169,7 @@ class Layout:
 
     def __init__(self, transposed: bool, sizes: Sequence[int]) -> None:
         self.transposed = transposed
-        self.sizes = list(sizes)
+        self.sizes = sizes
         self.is_one = len(self.sizes) == 1
         self._starts = [sum(self.sizes[:index]) for index in range(len(self.sizes))]
 
@@ -185,6 +191,10 @@ class Layout:
                     slice(low - start, high - start),
                     slice(low - outs.start, high - outs.start),
                 )
+
+
+#: Layers have few, and ask for them in every pass.
+layout_of = functools.lru_cache(maxsize=1024)(Layout)
 
 
 def flat(x: torch.Tensor) -> torch.Tensor:

@@ -93,8 +93,10 @@ def in_layers_dtype(
 def autocast_dtype(xs: Sequence[torch.Tensor]) -> torch.dtype | None:
     """In which autocast computes on the inputs, if it does."""
     kind = xs[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return None
     castable = all(x.is_floating_point() and x.dtype != torch.float64 for x in xs)
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) and castable else None
+    return torch.get_autocast_dtype(kind) if castable else None
 
 
 def check_dtype(fqn: str, x: torch.Tensor, dtype: torch.dtype) -> None:

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 from rtp_wrap.transport.cells import aligned
-
-#: Of how many cells is known where they lie, and events are kept. Whatever lay somewhere before
-#: those is treated as the oldest of them.
-WINDOW = 16
 
 
 class Area:
@@ -25,7 +19,8 @@ class Area:
 
     def forget(self) -> None:
         """Nothing lies here."""
-        self._cells: deque[tuple[int, int, int]] = deque(maxlen=WINDOW)
+        #: The last cell of each slot, as it was filled the last time; as if all had been before 0.
+        self._last = [-self._slots] * self._slots
         self._slot = self._used = 0
 
     def rewind(self) -> None:
@@ -33,19 +28,14 @@ class Area:
         self._used = self._slot_bytes
 
     def take(self, nbytes: int, number: int) -> tuple[int, int]:
-        """Where the cell of this number lies, and the number of the last one that lay there.
+        """Where the cell of this number lies, and the number of the last one that lay in its slot.
 
-        Numbers are consecutive; what is known of no longer counts as ``number - WINDOW``.
+        That is, when the slot was filled the time before. Numbers are consecutive, and not below 0.
         """
         assert nbytes <= self._slot_bytes
         if self._used + nbytes > self._slot_bytes:
+            self._last[self._slot] = number - 1
             self._slot, self._used = (self._slot + 1) % self._slots, 0
         at = self._slot * self._slot_bytes + self._used
-        end = at + nbytes
         self._used += aligned(nbytes)
-        before = number - WINDOW
-        for start, stop, other in self._cells:
-            if start < end and at < stop and other > before:
-                before = other
-        self._cells.append((at, end, number))
-        return self._start + at, before
+        return self._start + at, self._last[self._slot]

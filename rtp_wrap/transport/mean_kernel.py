@@ -6,6 +6,8 @@ matrix products, so that its time is theirs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -21,28 +23,47 @@ _DTYPES = {
 }
 
 
+#: What was compiled, by all that it was compiled for. ``triton.jit`` finds that out at each launch,
+#: which takes the host several times as long.
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
 def put_mean(
-    own: torch.Tensor, parts: torch.Tensor, rank: int, out: torch.Tensor, sums: torch.dtype
+    own: torch.Tensor,
+    parts: torch.Tensor,
+    rank: int,
+    out: torch.Tensor,
+    sums: torch.dtype,
+    stream: torch.cuda.Stream | None = None,
 ) -> None:
     """``out = (own + sum of parts[r] for other ranks r) / ranks``; ``parts[rank]`` is not read.
 
     ``own`` and ``out`` are ``[*tile]``, ``parts`` is ``[ranks, *tile]``; all contiguous, of 16, 32
-    or 64 bits. On the current stream, without waiting for it.
+    or 64 bits. On ``stream``, default: the current one, without waiting for it.
     """
-    numel = own.numel()
-    wide = torch.float64 in (own.dtype, sums)
-    with torch.cuda.device_of(out):
-        _put_mean[(triton.cdiv(numel, _BLOCK),)](
-            own,
-            parts,
-            out,
-            numel,
-            RANKS=len(parts),
-            RANK=rank,
-            ADDED_IN=tl.float64 if wide else tl.float32,
-            SUMS=_DTYPES[sums],
-            BLOCK=_BLOCK,
+    numel, ranks, device = own.numel(), parts.shape[0], out.device
+    grid = (triton.cdiv(numel, _BLOCK), 1, 1)
+    alignments = [each.data_ptr() % 16 == 0 for each in (own, parts, out)]
+    key = (device.index, numel, ranks, rank, own.dtype, out.dtype, sums, *alignments)
+    kernel = _compiled.get(key)
+    if kernel is not None and device.index == torch.cuda.current_device():
+        handle = None if stream is None else stream.cuda_stream
+        kernel[grid](
+            own, parts, out, *_constants(numel, ranks, rank, own.dtype, sums), stream=handle
         )
+        return
+    with torch.cuda.device_of(out), torch.cuda.stream(stream):
+        arguments = _constants(numel, ranks, rank, own.dtype, sums)
+        # None where it is interpreted.
+        _compiled[key] = _put_mean[grid](own, parts, out, *arguments)
+
+
+def _constants(
+    numel: int, ranks: int, rank: int, given: torch.dtype, sums: torch.dtype
+) -> tuple[object, ...]:
+    """What the kernel is told, in this order, behind the tensors."""
+    wide = torch.float64 in (given, sums)
+    return numel, ranks, rank, tl.float64 if wide else tl.float32, _DTYPES[sums], _BLOCK
 
 
 @triton.jit

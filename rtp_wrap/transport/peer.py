@@ -39,8 +39,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -68,22 +67,20 @@ from rtp_wrap.transport.mean import put_mean
 _TOGETHER = 4
 
 
-@dataclass(frozen=True, slots=True)
-class _Expected:
+class _Expected(NamedTuple):
     """A cell that comes, and how its visit is known."""
 
     visit: Visit
     weight: Visited
-    index: int
+    position: int
     context: Context
 
     @property
     def cell(self) -> Cell:
-        return self.visit.cells[self.index]
+        return self.visit.cells[self.position]
 
 
-@dataclass(frozen=True, slots=True)
-class _Fetched:
+class _Fetched(NamedTuple):
     """A cell that is there, or on its way: with the exchange of this number."""
 
     what: _Expected
@@ -93,7 +90,7 @@ class _Fetched:
     come: torch.cuda.Event | None
 
     def is_of(self, visit: Visit, index: int) -> bool:
-        return self.what.visit is visit and self.what.index == index
+        return self.what.visit is visit and self.what.position == index
 
     @property
     def is_outdated(self) -> bool:
@@ -274,7 +271,7 @@ class PeerTransport:
         """
         self._in_use = now.number
         if now.come is not None and self._computation is not None:
-            self._computation.wait_event(now.come)
+            now.come.wait(self._computation)
 
     def _look_ahead(self, now: _Fetched) -> None:
         """Fetch what is expected behind ``now``, an exchange for every slot but the one in use."""
@@ -292,7 +289,7 @@ class PeerTransport:
         if self._ahead:
             come = self._ahead[-1].come
             if come is not None and self._computation is not None:
-                self._computation.wait_event(come)
+                come.wait(self._computation)
             self._ahead.clear()
 
     def _upcoming(self, last: _Expected) -> list[_Expected]:
@@ -300,8 +297,8 @@ class PeerTransport:
         upcoming: list[_Expected] = []
         nbytes = 0
         while len(upcoming) < _TOGETHER:
-            if last.index + 1 < len(last.visit.cells):
-                last = _Expected(last.visit, last.weight, last.index + 1, last.context)
+            if last.position + 1 < len(last.visit.cells):
+                last = last._replace(position=last.position + 1)
             else:
                 visit = self._foresight.after(last.context)
                 if visit is None or visit.reads or (weight := visit.weight) is None:
@@ -354,11 +351,11 @@ class PeerTransport:
             return None
         given, come = lane.given.of(number), lane.come.of(number)
         given.record(self._computation)
-        stream.wait_event(given)
+        given.wait(stream)
         lane.meet()
         if after is not None:
             lane.met.of(number).record(stream)
-            stream.wait_event(after)
+            after.wait(stream)
         for each in pulls:
             self._memory.copy(each, stream)
         come.record(stream)
@@ -381,8 +378,8 @@ class PeerTransport:
         assert before + 1 < number
         if computation is not None and lane.stream is not None:
             # All others have pulled what lies there, and this rank's own part is averaged.
-            computation.wait_event(lane.met.of(before + 1))
-            computation.wait_event(self._averaged.of(before))
+            lane.met.of(before + 1).wait(computation)
+            self._averaged.of(before).wait(computation)
         return cell.parts(at)
 
     def average(self, cell: Cell, parts: Parts, gradient: torch.Tensor, sums: torch.dtype) -> None:
@@ -396,27 +393,20 @@ class PeerTransport:
         if come is None or computation is None or finish is None:
             self._put_mean(cell, parts, landing, gradient, sums)
             return
-        finish.wait_event(come)
-        torch.cuda.set_stream(finish)  # a context manager takes longer
-        try:
-            self._put_mean(cell, parts, landing, gradient, sums)
-        finally:
-            torch.cuda.set_stream(computation)
+        come.wait(finish)
+        self._put_mean(cell, parts, landing, gradient, sums)
         self._averaged.of(number).record(finish)
 
     def averaged(self) -> torch.cuda.Event | None:
         """When all averages so far are done; ``None`` where the computation makes them itself."""
-        if self.gradient_stream is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(self.gradient_stream)
-        return event
+        return self._averaged.of(self._gradients.number) if self._concurrent else None
 
     def _put_mean(
         self, cell: Cell, parts: Parts, landing: Landing, gradient: torch.Tensor, sums: torch.dtype
     ) -> None:
         if not cell.is_empty:
-            put_mean(parts.own, landing, self._memory.rank, cell.own_part(gradient), sums)
+            mean = cell.own_part(gradient)
+            put_mean(parts.own, landing, self._memory.rank, mean, sums, self.gradient_stream)
 
     def settle(self) -> None:
         """After an exception: what is still under way comes before anything else."""
