@@ -172,3 +172,32 @@ def _outside_mesh() -> None:
 @multi_world_sizes
 def test_a_rank_outside_the_mesh_gets_an_error(world_size: int) -> None:
     run_ranks(world_size, _outside_mesh)
+
+
+def _under_another_device(transport: str, inplace: bool) -> None:
+    """A thread's current device need not be the model's: it is another one in a new thread."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 5))
+    dense.to(device(), torch.float64)
+    policy = ShardingPolicy(transport=transport, replicate_below=0)
+    wrapped = RotatedTensorParallel(deepcopy(dense), inplace=inplace, policy=policy)
+    optimizers = [sgd(dense.parameters()), sgd(wrapped.parameters())]
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    for _ in range(2):
+        ids = torch.randint(9, (world_size, 4), device=device())
+        with torch.cuda.device((device().index + 1) % torch.cuda.device_count()):
+            for model, x in ((dense, ids), (wrapped, ids[rank])):
+                model(x).square().mean().backward()
+            compare_gradients(dense, wrapped)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        compare_weights(dense, wrapped)
+
+
+@pytest.mark.skipif(DEVICE_TYPE != "cuda", reason="CPUs are one device")
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("transport", ["peer", "ring"])
+@multi_world_sizes
+def test_the_current_device_may_be_another(world_size: int, transport: str, inplace: bool) -> None:
+    run_ranks(world_size, _under_another_device, transport, inplace)

@@ -28,6 +28,16 @@ def without_autocast(kind: str) -> AbstractContextManager[object]:
     return _NOTHING
 
 
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """``device`` as the current one of this thread, by which the driver knows streams and memory.
+
+    Each thread has its own; torch itself goes by the tensors.
+    """
+    if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        return torch.cuda.device(device)
+    return _NOTHING
+
+
 def rotate_forward(
     ring: Ring,
     fqn: str,
@@ -42,7 +52,7 @@ def rotate_forward(
     rows, where ranks read each other's memory. All ranks have a ``reader`` or none has.
     """
     event = f"{fqn} forward"
-    with profiler_range("forward", fqn):
+    with profiler_range("forward", fqn), _current(ring.device):
         if ring.peers is None:
             hop.forward(ring, event, weight, dtype, product)
         elif reader is not None and sharded_dim(weight) == 0:
@@ -66,7 +76,7 @@ def rotate_backward(
     """
     by = hop if ring.peers is None else pull
     event = f"{fqn} backward ({'dx' if dgrad else ''} {'dw' if wgrad else ''})"
-    with profiler_range("backward", fqn):
+    with profiler_range("backward", fqn), _current(ring.device):
         dw = by.backward(ring, event, weight, dtype, dgrad, wgrad)
     if dw is None:
         return None

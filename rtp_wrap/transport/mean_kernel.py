@@ -39,20 +39,20 @@ def put_mean(
     """``out = (own + sum of parts[r] for other ranks r) / ranks``; ``parts[rank]`` is not read.
 
     ``own`` and ``out`` are ``[*tile]``, ``parts`` is ``[ranks, *tile]``; all contiguous, of 16, 32
-    or 64 bits. On ``stream``, default: the current one, without waiting for it.
+    or 64 bits, on the current device. On ``stream``, default: the current one, without waiting.
     """
     numel, ranks, device = own.numel(), parts.shape[0], out.device
     grid = (triton.cdiv(numel, _BLOCK), 1, 1)
     alignments = [each.data_ptr() % 16 == 0 for each in (own, parts, out)]
     key = (device.index, numel, ranks, rank, own.dtype, out.dtype, sums, *alignments)
     kernel = _compiled.get(key)
-    if kernel is not None and device.index == torch.cuda.current_device():
+    if kernel is not None:
         handle = None if stream is None else stream.cuda_stream
         kernel[grid](
             own, parts, out, *_constants(numel, ranks, rank, own.dtype, sums), stream=handle
         )
         return
-    with torch.cuda.device_of(out), torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):
         arguments = _constants(numel, ranks, rank, own.dtype, sums)
         # None where it is interpreted.
         _compiled[key] = _put_mean[grid](own, parts, out, *arguments)
