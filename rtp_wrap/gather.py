@@ -8,7 +8,6 @@ together after the forward, which is what sharding is to avoid.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial
 
 from rtp_wrap.double_backward import refuse_double_backward
+from rtp_wrap.engine import PackHooks, at_its_end, running_backward
 from rtp_wrap.profiling import profiler_range
 from rtp_wrap.ring import Ring
 from rtp_wrap.shard import extent, sharded_dim
@@ -106,17 +106,6 @@ def _reduce_scattered(grad: torch.Tensor, parameter: DTensor, ring: Ring) -> DTe
     summed: Any = total.redistribute(placements=parameter.placements)
     gradient: DTensor = (summed / (ring.world_size // before)).to(parameter.dtype)
     return gradient
-
-
-PackHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
-
-
-def hooks_in_force() -> PackHooks | None:
-    """The saved-tensor hooks that are asked now. They are a stack of which only the top is asked.
-
-    No public call tells.
-    """
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 class RegatherHooks:
@@ -210,10 +199,9 @@ class Regathered:
                 for (number, its_dtype), (each, fqn) in self._saved.items()
             }
             ring.regathered = self, wholes
-            if torch._C._current_graph_task_id() != -1:
+            if running_backward() != -1:
                 # Those of the last module of a backward must not outlive it.
-                engine = torch.autograd.Variable._execution_engine
-                engine.queue_callback(functools.partial(setattr, ring, "regathered", None))
+                at_its_end(functools.partial(setattr, ring, "regathered", None))
         return wholes[key]
 
 

@@ -171,6 +171,9 @@ class Machine:
         self._advance(self.current, tuple(range(first - 1, len(self.operations))))
         self.enqueue(None, "a replay ends")
 
+    def _at_its_end(self, call: Callable[[], None]) -> None:
+        self.callbacks.append(call)
+
     @contextmanager
     def using(self, stream: Stream) -> Iterator[None]:
         """``stream`` is the current one."""
@@ -187,6 +190,9 @@ class Machine:
                 stack.enter_context(patch.object(module, "torch", fake))
             current = stack.enter_context(patch.object(ring, "current_stream"))
             current.side_effect = lambda device: self.current
+            running = stack.enter_context(patch.object(peer, "running_backward"))
+            running.side_effect = lambda: self.backward
+            stack.enter_context(patch.object(peer, "at_its_end", self._at_its_end))
             stack.enter_context(_Recorder(self))
             yield
 
@@ -230,9 +236,6 @@ class _Torch:
             current_stream=lambda device: machine.current,
             is_current_stream_capturing=lambda: machine.graph is not None,
         )
-        self._C = SimpleNamespace(_current_graph_task_id=lambda: machine.backward)
-        engine = SimpleNamespace(queue_callback=lambda call: machine.callbacks.append(call))
-        self.autograd = SimpleNamespace(Variable=SimpleNamespace(_execution_engine=engine))
 
     def tensor(self, data: Any, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.tensor(data, dtype=dtype)

@@ -11,7 +11,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.gather import Gathered, PackHooks, RegatherHooks, gather, hooks_in_force
+from rtp_wrap.engine import PackHooks, hooks_are_disabled, hooks_in_force, running_backward
+from rtp_wrap.gather import Gathered, RegatherHooks, gather
 from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.misuse import check_in_place
 from rtp_wrap.policy import Replicate, Strategy
@@ -54,7 +55,7 @@ class Frame:
         stack: list[Frame] = self._adoption.ring.frames.stack
         self._around = hooks_in_force()
         ring = self._adoption.ring
-        if not stack and torch._C._current_graph_task_id() == -1:
+        if not stack and running_backward() == -1:
             ring.begin_forward(self._adoption.fqn)
             self._outermost = True
         if ring.sites is not None and self._adoption.strategies:
@@ -113,8 +114,7 @@ class Frame:
         """
         if self._hooks is not None or not self._regather or not torch.is_grad_enabled():
             return
-        disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
-        if disabled is None and hooks_in_force() == self._around:
+        if not hooks_are_disabled() and hooks_in_force() == self._around:
             hooks = RegatherHooks(self._adoption.ring, self._gathered, self._around)
             self._hooks = saved_tensors_hooks(hooks.pack, hooks.unpack)
             self._hooks.__enter__()
@@ -154,9 +154,8 @@ def read(parameter: nn.Parameter, strategy: Strategy, adoption: Adoption, fqn: s
     """What ``module.name`` gives: a plain tensor inside a forward, else the parameter itself."""
     ring = adoption.ring
     stack: list[Frame] = ring.frames.stack
-    # A recomputation (activation checkpointing) may begin below any adopted forward. No public call
-    # tells that a backward is running in this thread; torch.utils.checkpoint asks the same.
-    if not stack and torch._C._current_graph_task_id() == -1:
+    # A recomputation (activation checkpointing) may begin below any adopted forward.
+    if not stack and running_backward() == -1:
         return parameter
     ours = check_in_place(parameter, fqn)
     dtype = adoption.precision.compute_dtype(ours.dtype)

@@ -22,6 +22,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch.distributed.tensor import DTensor
 
+from rtp_wrap.engine import running_backward
 from rtp_wrap.ops.gradient import Pending, RotatingWeight, token_of
 from rtp_wrap.ops.linear import check_features, flat, layout_of, linear_backward, linear_forward
 from rtp_wrap.ops.rotate import autocast_dtype, check_dtype, without_autocast
@@ -53,7 +54,7 @@ class CapturedLinear:
     def inputs(self, weight: DTensor, order: Order) -> LinearInputs:
         """What one call of the layer is in a graph; made outside of it."""
         self.weight, self._order = weight, order
-        if torch._C._current_graph_task_id() == -1:
+        if running_backward() == -1:
             self.pending.clear()
         token = token_of(_CapturedWeight(self, weight), self.ring)
         features = weight.shape[1 if self.transposed else 0]

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
+from rtp_wrap.engine import at_its_end, order_of, put_in_order, running_backward
 from rtp_wrap.ring import Ring
 from rtp_wrap.shard import dtensor_like
 from rtp_wrap.streams import current_stream
@@ -52,7 +53,7 @@ class Pending:
 
     def put(self, gradient: Gradient) -> None:
         """Leave it; to be called in a backward."""
-        backward = torch._C._current_graph_task_id()  # no public call tells
+        backward = running_backward()
         if backward not in self._gradients:
             self._gradients[backward] = []
 
@@ -60,12 +61,12 @@ class Pending:
                 """Nobody takes it in torch.autograd.grad() of an input alone, say."""
                 self._gradients.pop(backward, None)
 
-            torch.autograd.Variable._execution_engine.queue_callback(drop)
+            at_its_end(drop)
         self._gradients[backward].append(gradient)
 
     def take(self) -> DTensor | None:
         """The sum of what was left in this backward, for work on the current stream."""
-        gradients = self._gradients.pop(torch._C._current_graph_task_id(), None)
+        gradients = self._gradients.pop(running_backward(), None)
         if not gradients:
             return None
         first, *others = [gradient.wait() for gradient in gradients]
@@ -134,7 +135,7 @@ class _Numbers(threading.local):
         # At first, of nodes that are older than any weight's.
         leaf = torch.empty(0, device="cpu", requires_grad=True)
         nodes: list[Any] = [leaf.view_as(leaf).grad_fn for _ in range(SITES_BETWEEN)]
-        self.last = deque((node._sequence_nr() for node in nodes), maxlen=SITES_BETWEEN)
+        self.last = deque(map(order_of, nodes), maxlen=SITES_BETWEEN)
 
 
 _numbers = _Numbers()
@@ -145,10 +146,10 @@ def _put_off(node: Any, before: deque[int]) -> None:
 
     Of the nodes that are ready autograd runs the youngest, the one with the highest number. So a
     node with that of an older one comes later. Each of those numbers is given to one node, so that
-    weights' nodes have one order, the same on all ranks. No public call sets a number.
+    weights' nodes have one order, the same on all ranks.
     """
-    number = node._sequence_nr()
-    node._set_sequence_nr(before[0])
+    number = order_of(node)
+    put_in_order(node, before[0])
     before.append(number)
 
 

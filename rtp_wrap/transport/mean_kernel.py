@@ -6,7 +6,7 @@ matrix products, so that its time is theirs.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
@@ -23,9 +23,9 @@ _DTYPES = {
 }
 
 
-#: What was compiled, by all that it was compiled for. ``triton.jit`` finds that out at each launch,
-#: which takes the host several times as long.
-_compiled: dict[tuple[object, ...], Any] = {}
+#: What launches a compiled kernel, and its arguments behind the pointers, by all that it was
+#: compiled for. ``triton.jit`` finds that out at each launch: the host takes several times as long.
+_compiled: dict[tuple[object, ...], tuple[Callable[..., None], tuple[object, ...]]] = {}
 
 
 def put_mean(
@@ -41,29 +41,22 @@ def put_mean(
     ``own`` and ``out`` are ``[*tile]``, ``parts`` is ``[ranks, *tile]``; all contiguous, of 16, 32
     or 64 bits, on the current device. On ``stream``, default: the current one, without waiting.
     """
-    numel, ranks, device = own.numel(), parts.shape[0], out.device
-    grid = (triton.cdiv(numel, _BLOCK), 1, 1)
-    alignments = [each.data_ptr() % 16 == 0 for each in (own, parts, out)]
-    key = (device.index, numel, ranks, rank, own.dtype, out.dtype, sums, *alignments)
-    kernel = _compiled.get(key)
-    if kernel is not None:
-        handle = None if stream is None else stream.cuda_stream
-        kernel[grid](
-            own, parts, out, *_constants(numel, ranks, rank, own.dtype, sums), stream=handle
-        )
+    numel, ranks = own.numel(), parts.shape[0]
+    pointers = own.data_ptr(), parts.data_ptr(), out.data_ptr()
+    alignments = [each % 16 == 0 for each in pointers]
+    key = (out.device.index, numel, ranks, rank, own.dtype, out.dtype, sums, *alignments)
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        launch, arguments = compiled
+        launch(*pointers, *arguments, stream=None if stream is None else stream.cuda_stream)
         return
+    grid = (triton.cdiv(numel, _BLOCK), 1, 1)
+    added_in = tl.float64 if torch.float64 in (own.dtype, sums) else tl.float32
+    arguments = numel, ranks, rank, added_in, _DTYPES[sums], _BLOCK
     with torch.cuda.stream(stream):
-        arguments = _constants(numel, ranks, rank, own.dtype, sums)
-        # None where it is interpreted.
-        _compiled[key] = _put_mean[grid](own, parts, out, *arguments)
-
-
-def _constants(
-    numel: int, ranks: int, rank: int, given: torch.dtype, sums: torch.dtype
-) -> tuple[object, ...]:
-    """What the kernel is told, in this order, behind the tensors."""
-    wide = torch.float64 in (given, sums)
-    return numel, ranks, rank, tl.float64 if wide else tl.float32, _DTYPES[sums], _BLOCK
+        kernel = _put_mean[grid](own, parts, out, *arguments)
+    if kernel is not None:  # it is where it is interpreted
+        _compiled[key] = kernel[grid], arguments
 
 
 @triton.jit

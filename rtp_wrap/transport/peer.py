@@ -44,6 +44,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
+from rtp_wrap.engine import at_its_end, running_backward
 from rtp_wrap.shard import sharded_dim
 from rtp_wrap.transport.area import Area
 from rtp_wrap.transport.cells import (
@@ -188,14 +189,13 @@ class PeerTransport:
             self._capture, self._has_graph = capture, True
             self._begin_epoch()
         if self._has_graph:
-            backward = torch._C._current_graph_task_id()
+            backward = running_backward()
             if backward != self._backward:
                 if self._backward != -1:  # it raised, and so did not call back
                     self.end_pass()
                 self._backward = backward
                 if backward != -1:
-                    # No public call tells of the end of a backward; FSDP2 waits for it like this.
-                    torch.autograd.Variable._execution_engine.queue_callback(self.end_pass)
+                    at_its_end(self.end_pass)
 
     def end_pass(self) -> None:
         """An outermost forward, or a backward, is over.
