@@ -79,15 +79,33 @@ def test_owner_0_never_has_the_smaller_tile(grid: TileGrid) -> None:
 
 
 @given(grids)
-def test_there_are_no_more_cells_than_slots_that_fit_require(grid: TileGrid) -> None:
-    """Fewer hops of larger tiles: rows stay whole where one fits, and pieces are balanced."""
+def test_there_are_hardly_more_cells_than_slots_that_fit_require(grid: TileGrid) -> None:
+    """Fewer hops of larger tiles: rows stay whole where one fits, and are lost in part at most."""
     rows, cols = grid.shard(0).shape
     cell_rows, cell_cols = grid.cell
     if cols <= grid.max_numel:
         assert cell_cols == cols
-        assert -(-rows // cell_rows) == -(-rows // (grid.max_numel // cols))
+        _check_pieces(rows, grid.max_numel // cols, cell_rows)
     else:
-        assert -(-cols // cell_cols) == -(-cols // grid.max_numel)
+        assert cell_rows == 1
+        _check_pieces(cols, grid.max_numel, cell_cols)
+
+
+def _check_pieces(size: int, limit: int, piece: int) -> None:
+    assert piece == size if size <= limit else piece <= limit
+    assert -(-size // piece) <= -(-size // (limit - limit // 8))
+
+
+@given(size=st.integers(1, 20000), limit=st.integers(64, 20000), dim=st.sampled_from([0, 1]))
+@example(size=16000, limit=7168, dim=0)  # three pieces, not of 5334: products take three times
+def test_pieces_begin_where_products_can_read_them(size: int, limit: int, dim: int) -> None:
+    """At multiples of 16 bytes: those of 8 elements are, of 16 bits or more."""
+    shape = (size, 1) if dim == 0 else (1, size)
+    piece = TileGrid(shape, 1 - dim, 1, limit).cell[dim]
+    _check_pieces(size, limit, piece)
+    if size > limit:
+        assert piece % 8 == 0
+        assert piece % 128 == 0 or limit < 1024
 
 
 @pytest.mark.parametrize(
