@@ -150,7 +150,9 @@ class _CapturedLinear(torch.autograd.Function):
         features: int,
         dtype: torch.dtype,
     ) -> torch.Tensor:
-        y, versions = _forward(x, bias, layer, forward_order, features, dtype)
+        y, versions = torch.ops.rtp_wrap.linear_forward(
+            x, bias, layer, forward_order, features, dtype
+        )
         ctx.needs_dx, ctx.needs_db, ctx.needs_dw = ctx.needs_input_grad[:3]
         ctx.features = x.shape[-1]
         ctx.save_for_backward(x if ctx.needs_dw else None, layer, versions, backward_order)
@@ -159,20 +161,34 @@ class _CapturedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, layer, versions, order = ctx.saved_tensors
-        dx = _backward(dy, x, layer, versions, order, ctx.features, ctx.needs_dx)
+        dx = torch.ops.rtp_wrap.linear_backward(
+            dy, x, layer, versions, order, ctx.features, ctx.needs_dx
+        )
         db = flat(dy).sum(0) if ctx.needs_db else None
         token_gradient = dy.new_empty(0, dtype=torch.float32) if ctx.needs_dw else None
         return dx if ctx.needs_dx else None, db, token_gradient, None, None, None, None, None
 
 
-@torch.library.custom_op(
-    "rtp_wrap::linear_forward",
-    mutates_args={"order"},
-    schema="(Tensor x, Tensor? bias, Tensor layer, Tensor(a!) order, SymInt features, "
-    "ScalarType dtype) -> (Tensor, Tensor)",
+# Defined and not a ``custom_op``, of which each call takes the host as long as the product itself:
+# those are prepared for autograd, which meets the function above instead.
+def _define(name: str, schema: str) -> None:
     # A replay would run none of the host's part: what follows streams, versions and other ranks.
-    tags=(torch.Tag.cudagraph_unsafe,),
+    torch.library.define(name, schema, tags=(torch.Tag.cudagraph_unsafe,))
+
+
+_define(
+    "rtp_wrap::linear_forward",
+    "(Tensor x, Tensor? bias, Tensor layer, Tensor(a!) order, SymInt features, "
+    "ScalarType dtype) -> (Tensor, Tensor)",
 )
+_define(
+    "rtp_wrap::linear_backward",
+    "(Tensor dy, Tensor? x, Tensor layer, Tensor versions, Tensor(a!) order, "
+    "SymInt features, bool needs_dx) -> Tensor",
+)
+
+
+@torch.library.impl("rtp_wrap::linear_forward", "default")
 def _forward(
     x: torch.Tensor,
     bias: torch.Tensor | None,
@@ -193,7 +209,7 @@ def _forward(
     return y, torch.tensor(versions, device="cpu")
 
 
-@_forward.register_fake
+@torch.library.register_fake("rtp_wrap::linear_forward")
 def _(
     x: torch.Tensor,
     bias: torch.Tensor | None,
@@ -206,13 +222,7 @@ def _(
     return x.new_empty(*x.shape[:-1], features), versions
 
 
-@torch.library.custom_op(
-    "rtp_wrap::linear_backward",
-    mutates_args={"order"},
-    schema="(Tensor dy, Tensor? x, Tensor layer, Tensor versions, Tensor(a!) order, "
-    "SymInt features, bool needs_dx) -> Tensor",
-    tags=(torch.Tag.cudagraph_unsafe,),
-)
+@torch.library.impl("rtp_wrap::linear_backward", "default")
 def _backward(
     dy: torch.Tensor,
     x: torch.Tensor | None,
@@ -236,7 +246,7 @@ def _backward(
     return dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], features)
 
 
-@_backward.register_fake
+@torch.library.register_fake("rtp_wrap::linear_backward")
 def _(
     dy: torch.Tensor,
     x: torch.Tensor | None,
