@@ -1,16 +1,20 @@
 """What autograd's engine is asked and told, where torch has no public call for it.
 
-The only file that knows those private ones; torch 2.11 to 2.13 have them, and so do the parts of
-torch that need the same: FSDP2 and ``torch.utils.checkpoint``.
+The only file that knows those private ones; torch 2.11 to 2.13 have them, and parts of torch that
+need the same use them: FSDP2, ``torch.utils.checkpoint``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch.utils import _python_dispatch as dispatch
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
+_NOTHING = nullcontext()
 PackHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 
@@ -43,3 +47,15 @@ def order_of(node: Any) -> int:
 def put_in_order(node: Any, number: int) -> None:
     """Give ``node`` the ``number``, instead of one that is higher than all before."""
     node._set_sequence_nr(number)
+
+
+def unseen_by_checkpoints() -> AbstractContextManager[object]:
+    """A block whose operations selective checkpointing does not count.
+
+    It takes those of a recomputation, by their kind and number, for those of the forward.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        for mode in dispatch._get_current_dispatch_mode_stack():
+            if isinstance(mode, _CachingTorchDispatchMode | _CachedTorchDispatchMode):
+                return dispatch._disable_current_modes()
+    return _NOTHING

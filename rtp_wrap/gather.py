@@ -233,7 +233,7 @@ class Gathered:
         base = tensor._base if tensor._is_view() else tensor
         if tensor.dtype == self.whole.dtype:
             offset = _offset(tensor, self.whole)
-        elif base is not None and self._is_cast(base):
+        elif base is not None and tensor.dtype == base.dtype and self._is_cast(base):
             offset = _offset(tensor, base)
         else:
             offset = None
@@ -254,6 +254,8 @@ class Gathered:
     def _is_cast(self, tensor: torch.Tensor) -> bool:
         """Whether ``tensor`` is ``whole.to(another dtype)``: autocast makes such copies."""
         if tensor.shape != self.whole.shape or tensor.stride() != self.whole.stride():
+            return False
+        if _version(tensor):  # written since, maybe under no_grad, where its node does not tell
             return False
         node = tensor.grad_fn
         if node is not None:

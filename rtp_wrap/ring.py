@@ -10,10 +10,11 @@ import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import (
@@ -89,6 +90,9 @@ class Ring:
         self.overlap = overlap
         self.lockstep = Lockstep(self.group) if lockstep is None else lockstep
         self.frames = Frames()
+        #: Where replicated parameters are, by the module that was called; with their names.
+        self.replicas: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Module], str]]]
+        self.replicas = WeakKeyDictionary()
         #: Weights that were gathered for the backward of a module, by what asked for them.
         self.regathered: tuple[object, dict[tuple[int, torch.dtype], torch.Tensor]] | None = None
         # While the first forward runs: the fqns of modules with managed parameters, as called.

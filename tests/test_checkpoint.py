@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +19,13 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential, set_checkpoint_early_stop
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
+)
 
 if __name__ == "__main__":
     raise SystemExit(pytest.main([__file__]))
@@ -128,6 +136,33 @@ def _check_checkpointed(call: str) -> None:
 @in_turns("call", CALLS)
 def test_checkpointed_blocks_train_like_the_dense_ones(world_size: int, call: str) -> None:
     run_ranks(world_size, _check_checkpointed, call)
+
+
+def _keeps_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """As training scripts have it: products are kept, the rest is computed again."""
+    kept = op in (
+        torch.ops.aten.mm.default,
+        torch.ops.aten.addmm.default,
+        torch.ops.aten.tanh.default,
+    )
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def selective(function: Call, *arguments: Any) -> Any:
+    context = functools.partial(create_selective_checkpoint_contexts, _keeps_products)
+    return checkpoint(function, *arguments, use_reentrant=False, context_fn=context)
+
+
+def _check_selective(transport: str) -> None:
+    policy = replace(POLICIES["mixed"], transport=transport)
+    check_parity(lambda: Model(selective), batch, steps=4, policy=policy)
+
+
+@pytest.mark.parametrize("transport", ["peer", "ring"])
+@multi_world_sizes
+def test_selective_checkpointing_keeps_what_a_policy_says(world_size: int, transport: str) -> None:
+    """It takes operations of a recomputation by their number: tiles are fetched at other times."""
+    run_ranks(world_size, _check_selective, transport)
 
 
 def _check_frozen(call: str) -> None:

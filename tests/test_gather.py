@@ -403,3 +403,55 @@ def _check_lost_write() -> None:
 @multi_world_sizes
 def test_a_write_that_cannot_reach_the_home_shards_raises(world_size: int) -> None:
     run_ranks(world_size, _check_lost_write)
+
+
+class Spectral(nn.Module):
+    """Reads its weight as complex numbers, as it is or cast, or ``rounds`` what it has cast."""
+
+    def __init__(self, dtype: torch.dtype, rounds: bool = False) -> None:
+        super().__init__()
+        self.rounds = rounds
+        self.weight = nn.Parameter(torch.randn(6, 4, 2).to(dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(torch.float32)
+        if self.rounds:
+            with torch.no_grad():
+                weight.round_()
+            return (x.unsqueeze(-1) * weight.flatten(1)).sum(-1)
+        return (x.unsqueeze(-1) * torch.view_as_complex(weight)).sum(-1).abs()
+
+
+def _check_other_dtypes(dtype: torch.dtype, frozen: bool, rounds: bool) -> None:
+    """What is saved for the gradient of the layer before."""
+    torch.manual_seed(0)
+    spectral = Spectral(dtype, rounds).requires_grad_(not frozen)
+    dense = nn.Sequential(nn.Linear(3, 6), spectral).to(device())
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=GATHERED)
+    x = torch.randn(2 * dist.get_world_size(), 3, device=device())
+    own = x.chunk(dist.get_world_size())[dist.get_rank()]
+    for model, batch in ((dense, x), (wrapped, own)):
+        mean_square(model(batch)).backward()
+    expected, gradient = dense[0].weight.grad, full(wrapped[0].weight.grad)
+    assert expected is not None
+    # fp32, and sums of a dozen products: a wrong weight is off by as much as there is.
+    torch.testing.assert_close(
+        gradient, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "frozen", "rounds"),
+    [
+        (torch.float32, False, False),
+        (torch.float32, True, False),
+        (torch.bfloat16, False, False),
+        (torch.float64, True, False),
+        (torch.float64, False, True),
+    ],
+)
+@multi_world_sizes
+def test_a_weight_that_is_saved_in_another_dtype_comes_back(
+    world_size: int, dtype: torch.dtype, frozen: bool, rounds: bool
+) -> None:
+    run_ranks(world_size, _check_other_dtypes, dtype, frozen, rounds)

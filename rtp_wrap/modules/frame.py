@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.misuse import check_in_place
 from rtp_wrap.policy import Replicate, Strategy
 from rtp_wrap.replicate import replicated
+from rtp_wrap.ring import Ring
 
 #: A parameter as it reads in one autograd mode: a plain tensor made under ``no_grad`` must not be
 #: read where gradients are wanted, nor one of ``inference_mode`` outside it.
@@ -97,7 +99,7 @@ class Frame:
     def replicated(self, parameter: DTensor, fqn: str, dtype: torch.dtype) -> torch.Tensor:
         key = _key(parameter)
         if key not in self._memo:
-            below = _replicas(self._module)
+            below = _replicas(self._module, self._adoption.ring)
             if not any(each is parameter for each, _ in below.values()):
                 below = {fqn: (parameter, dtype)}
             parameters, dtypes = zip(*below.values(), strict=True)
@@ -133,16 +135,28 @@ def frame_of(
     return Frame(module, adoption, regather)
 
 
-def _replicas(module: nn.Module) -> dict[str, tuple[DTensor, torch.dtype]]:
-    """The replicated parameters at and below ``module`` by fqn, tied ones once; their dtypes."""
+def _replicas(module: nn.Module, ring: Ring) -> dict[str, tuple[DTensor, torch.dtype]]:
+    """The replicated parameters at and below ``module`` by fqn, tied ones once; their dtypes.
+
+    Where they are is looked up once. One that came later has an average of its own.
+    """
+    places = ring.replicas.get(module)
+    if places is None:
+        ring.replicas[module] = places = [
+            (weakref.ref(each), name)
+            for each in module.modules()
+            if (adoption := vars(each).get("_adoption")) is not None
+            for name, strategy in adoption.strategies.items()
+            if isinstance(strategy, Replicate)
+        ]
     found: dict[int, tuple[str, tuple[DTensor, torch.dtype]]] = {}
-    for each in module.modules():
-        adoption = vars(each).get("_adoption")
-        for name, strategy in adoption.strategies.items() if adoption else ():
-            parameter = each._parameters.get(name)
-            if isinstance(strategy, Replicate) and isinstance(parameter, DTensor):
-                dtype = adoption.precision.compute_dtype(parameter.dtype)
-                found.setdefault(id(parameter), (adoption.name(name), (parameter, dtype)))
+    for place, name in places:
+        owner = place()
+        parameter = None if owner is None else owner._parameters.get(name)
+        if owner is not None and isinstance(parameter, DTensor):
+            adoption = vars(owner)["_adoption"]
+            dtype = adoption.precision.compute_dtype(parameter.dtype)
+            found.setdefault(id(parameter), (adoption.name(name), (parameter, dtype)))
     return dict(found.values())
 
 

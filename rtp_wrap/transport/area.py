@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from rtp_wrap.transport.cells import aligned
 
+#: There are events of so many of the last cells; others count as the oldest of them.
+WINDOW = 16
+
 
 class Area:
     """``slots`` of ``slot_bytes`` from ``start`` on, used in turn.
@@ -30,7 +33,8 @@ class Area:
     def take(self, nbytes: int, number: int) -> tuple[int, int]:
         """Where the cell of this number lies, and the number of the last one that lay in its slot.
 
-        That is, when the slot was filled the time before. Numbers are consecutive, and not below 0.
+        That is, when the slot was filled the time before; ``number - WINDOW`` if that is longer
+        ago. Numbers are consecutive, and not below 0.
         """
         assert nbytes <= self._slot_bytes
         if self._used + nbytes > self._slot_bytes:
@@ -38,4 +42,4 @@ class Area:
             self._slot, self._used = (self._slot + 1) % self._slots, 0
         at = self._slot * self._slot_bytes + self._used
         self._used += aligned(nbytes)
-        return self._start + at, self._last[self._slot]
+        return self._start + at, max(self._last[self._slot], number - WINDOW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -51,22 +52,23 @@ class Visit:
     time.
     """
 
-    __slots__ = ("_visited", "cells", "event", "followed", "reads")
+    __slots__ = ("__weakref__", "_visited", "cells", "event", "followed", "reads")
 
-    def __init__(self, event: str, visited: Visited, cells: list[Cell], reads: bool) -> None:
+    def __init__(self, event: str, visited: Visited | None, cells: list[Cell], reads: bool) -> None:
         self.event, self.cells, self.reads = event, cells, reads
-        self._visited = weakref.ref(visited)
-        #: What came after it the last time, by what had come before it.
-        self.followed: dict[Visit | None, Visit | None] = {}
+        self._visited = None if visited is None else weakref.ref(visited)
+        #: What came after it the last time, by what had come before it. Copies of a model come and
+        #: go, so it keeps none of them.
+        self.followed: WeakKeyDictionary[Visit, weakref.ref[Visit] | None] = WeakKeyDictionary()
 
     @property
     def weight(self) -> Visited | None:
         """``None`` once its model is gone."""
-        return self._visited()
+        return None if self._visited is None else self._visited()
 
 
 #: The visit before, and the latest one.
-Context = tuple[Visit | None, Visit | None]
+Context = tuple[Visit, Visit]
 
 
 class Foresight:
@@ -79,7 +81,8 @@ class Foresight:
     """
 
     def __init__(self) -> None:
-        self.context: Context = (None, None)
+        start = Visit("start", None, [], False)
+        self.context: Context = (start, start)
         self._begun = True
 
     def begin(self) -> None:
@@ -94,8 +97,7 @@ class Foresight:
     def visit(self, now: Visit) -> None:
         """This is what came."""
         before, latest = self.context
-        if latest is not None:
-            latest.followed[before] = None if self._begun else now
+        latest.followed[before] = None if self._begun else weakref.ref(now)
         self._begun = False
         self.context = latest, now
 
@@ -103,4 +105,5 @@ class Foresight:
     def after(context: Context) -> Visit | None:
         """What came after those two the last time."""
         before, latest = context
-        return None if latest is None else latest.followed.get(before)
+        follower = latest.followed.get(before)
+        return None if follower is None else follower()

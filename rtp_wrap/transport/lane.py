@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from rtp_wrap.transport.area import Area
+from rtp_wrap.transport.area import WINDOW, Area
 from rtp_wrap.transport.cells import PeerMemory
 
 #: Flags of barriers that are none of an exchange; those of exchanges are 0 and 1, in turn. In a
@@ -12,12 +12,8 @@ from rtp_wrap.transport.cells import PeerMemory
 _FENCE_IN_GRAPH, _FENCES = 2, (3, 4)
 
 
-#: Of how many exchanges there are events.
-WINDOW = 16
-
-
 class Events:
-    """One for each of the last exchanges; for an earlier one, that of a later one."""
+    """One for each of the last ``WINDOW`` exchanges; for an earlier one, that of a later one."""
 
     def __init__(self) -> None:
         self._events = [torch.cuda.Event() for _ in range(WINDOW)]

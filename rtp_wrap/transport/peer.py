@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.engine import at_its_end, running_backward
+from rtp_wrap.engine import at_its_end, running_backward, unseen_by_checkpoints
 from rtp_wrap.shard import sharded_dim
 from rtp_wrap.transport.area import Area
 from rtp_wrap.transport.cells import (
@@ -322,14 +322,15 @@ class PeerTransport:
         at, before = lane.area.take(sum(each.cell.nbytes for each in cells), number)
         assert before < number - self._slots.weights + 1
         placed = []
-        for each in cells:
-            cell = each.cell
-            weights = cell.weights(at)
-            at += cell.nbytes
-            if not cell.is_empty:
-                weights.published.copy_(cell.own_part(each.weight.home))
-            placed.append((each, weights))
-        come = self._exchange(lane, [weights.pulls for _, weights in placed])
+        with unseen_by_checkpoints():  # a recomputation may have fetched others ahead
+            for each in cells:
+                cell = each.cell
+                weights = cell.weights(at)
+                at += cell.nbytes
+                if not cell.is_empty:
+                    weights.published.copy_(cell.own_part(each.weight.home))
+                placed.append((each, weights))
+            come = self._exchange(lane, [weights.pulls for _, weights in placed])
         for each, weights in placed:
             versions = each.weight.versions
             self._ahead.append(_Fetched(each, number, versions, weights.consumed, come))
