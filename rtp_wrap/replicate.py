@@ -7,7 +7,7 @@ accumulation, ``retain_graph``, ``autograd.grad``, a recomputed block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,21 +37,22 @@ def replicated(
     summed in that of the ring's precision policy (by default in fp32 for 16-bit parameters,
     otherwise in the parameter's dtype).
     """
-    plain: list[torch.Tensor] = [
-        _plain(parameter, dtype) for parameter, dtype in zip(parameters, dtypes, strict=True)
-    ]
-    if torch.is_grad_enabled():
-        trained = [index for index, p in enumerate(parameters) if p.requires_grad]
-        if trained:
-            outputs = _AverageGradients.apply(
+    wanted = torch.is_grad_enabled()
+    trained = [index for index, p in enumerate(parameters) if wanted and p.requires_grad]
+    outputs: Iterator[torch.Tensor] = iter(())
+    if trained:
+        outputs = iter(
+            _AverageGradients.apply(
                 ring,
                 [fqns[index] for index in trained],
                 [dtypes[index] for index in trained],
                 *[parameters[index] for index in trained],
             )
-            for index, output in zip(trained, outputs, strict=True):
-                plain[index] = output
-    return tuple(plain)
+        )
+    return tuple(
+        next(outputs) if wanted and parameter.requires_grad else _plain(parameter, dtype)
+        for parameter, dtype in zip(parameters, dtypes, strict=True)
+    )
 
 
 class _AverageGradients(torch.autograd.Function):
@@ -83,11 +84,16 @@ class _AverageGradients(torch.autograd.Function):
         dtypes = [ring.precision.average_dtype(each.dtype) for each in ctx.parameters]
         with profiler_range("average", f"{first} and {max(0, len(used) - 1)} more"):
             for bucket in _buckets(dense, dtypes):
-                for (index, _), mean in zip(bucket.grads, _mean(bucket, ring), strict=True):
-                    parameter = ctx.parameters[index]
-                    # In memory of its own: a DTensor with a storage offset has no deepcopy.
-                    own = mean.to(parameter.dtype, copy=True).view(parameter.shape)
-                    results[index] = dtensor_like(own, parameter)
+                means = _mean(bucket, ring)
+                parameters = [ctx.parameters[index] for index, _ in bucket.grads]
+                # In memory of its own: a DTensor with a storage offset has no deepcopy.
+                own = [
+                    torch.empty(each.shape, dtype=each.dtype, device=ring.device)
+                    for each in parameters
+                ]
+                torch._foreach_copy_([_flat(each) for each in own], means)
+                for (index, _), parameter, mean in zip(bucket.grads, parameters, own, strict=True):
+                    results[index] = dtensor_like(mean, parameter)
         return (None, None, None, *results)
 
 
@@ -123,11 +129,21 @@ def _buckets(
     return buckets
 
 
-def _mean(bucket: _Bucket, ring: Ring) -> tuple[torch.Tensor, ...]:
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` with one dimension, as most replicated parameters have."""
+    return tensor if tensor.dim() == 1 else tensor.reshape(-1)
+
+
+def _mean(bucket: _Bucket, ring: Ring) -> list[torch.Tensor]:
     """The averages, flat: views of one buffer."""
-    flat = torch.cat([grad.reshape(-1).to(bucket.dtype) for _, grad in bucket.grads])
+    grads = [_flat(grad) for _, grad in bucket.grads]
+    sizes = [grad.numel() for grad in grads]
+    flat = grads[0].new_empty(sum(sizes), dtype=bucket.dtype)
+    parts = list(flat.split(sizes))
+    # One kernel for very many copies, casts included, as FSDP2 fills its buffers.
+    torch._foreach_copy_(parts, grads)
     if ring.world_size > 1:
         before = ring.world_size if flat.itemsize < 4 else 1  # where a sum could overflow
         dist.all_reduce(flat.div_(before), group=ring.group)
         flat.div_(ring.world_size // before)
-    return flat.split([grad.numel() for _, grad in bucket.grads])
+    return parts

@@ -156,7 +156,7 @@ class _RotatedLinear(torch.autograd.Function):
         weight = ctx.use.weight
         with without_autocast(dys[0].device.type):
             dxs, dw = linear_backward(*site, xs, dys, weight, needs_dx)
-            db = torch.cat([dy.sum(0) for dy in dys]) if needs_db else None
+            db = _concatenated([dy.sum(0) for dy in dys]) if needs_db else None
         shaped = [
             None if dx is None else dx.view(shape)
             for dx, shape in zip(dxs, ctx.shapes, strict=True)
@@ -200,6 +200,10 @@ layout_of = functools.lru_cache(maxsize=1024)(Layout)
 def flat(x: torch.Tensor) -> torch.Tensor:
     """``[..., I]`` as ``[T, I]``."""
     return x.reshape(-1, x.shape[-1])
+
+
+def _concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def linear_forward(
