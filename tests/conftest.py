@@ -40,8 +40,8 @@ def pytest_report_header() -> str:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of a test with many cases, run each case at some of its world sizes only.
 
-    All sizes are still seen, with other cases each. A test with one case leaves out one of the two
-    largest sizes in turn with the others. RTP_TEST_EXAMPLES=10 runs everything.
+    All sizes are still seen, with other cases each. A test with one case runs at two sizes, in turn
+    with the others, a small one and a large one. RTP_TEST_EXAMPLES=10 runs everything.
     """
     if THOROUGH or len(WORLD_SIZES) < 3:
         return
@@ -62,6 +62,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 dropped.update(sizes[turn % 2 :: 2])
             elif len(sizes) > 2:
                 dropped.add(sizes[-1 - number % 2])
+                if len(sizes) > 3:
+                    dropped.add(sizes[number // 2 % 2])
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
 
