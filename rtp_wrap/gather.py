@@ -8,6 +8,8 @@ together after the forward, which is what sharding is to avoid.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +43,27 @@ def _whole(
 ) -> torch.Tensor:
     ring.begin(f"{fqn} {operation}")
     # Not in inference mode, under which torch 2.11 cannot redistribute a DTensor.
-    with profiler_range(operation, fqn), torch.inference_mode(False), torch.no_grad():
+    with _named(operation, fqn, ring), torch.inference_mode(False), torch.no_grad():
         source: Any = parameter if dtype == parameter.dtype else parameter.to(dtype)
         if ring.device.type == "cpu" and ring.world_size > 1:
             return _all_gathered(source, ring)
         whole: torch.Tensor = DTensor.full_tensor(source)
         return whole
+
+
+@contextmanager
+def _named(operation: str, fqn: str, ring: Ring) -> Iterator[None]:
+    """A collective by the name of what it is for: in a profiler's trace, and in errors."""
+    try:
+        with profiler_range(operation, fqn):
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{fqn} {operation} failed on rank {ring.rank}: {error}\nUnless that says why, another "
+            f"rank has raised, died, or runs another layer; see its own error first"
+        ) from error
 
 
 def _all_gathered(source: DTensor, ring: Ring) -> torch.Tensor:
@@ -90,7 +107,7 @@ class _Gather(torch.autograd.Function):
         ring.begin(f"{ctx.fqn} reduce-scatter")
         if regathered and regathered[1].pop((id(ctx.parameter), ctx.dtype), None) is not None:
             ring.regathered = regathered  # its module may still need the others
-        with profiler_range("reduce-scatter", ctx.fqn):
+        with _named("reduce-scatter", ctx.fqn, ring):
             gradient = _reduce_scattered(grad, ctx.parameter, ring)
         return gradient, None, None, None
 

@@ -455,3 +455,29 @@ def test_a_weight_that_is_saved_in_another_dtype_comes_back(
     world_size: int, dtype: torch.dtype, frozen: bool, rounds: bool
 ) -> None:
     run_ranks(world_size, _check_other_dtypes, dtype, frozen, rounds)
+
+
+def _fail(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("Timed out waiting 20000ms for send")
+
+
+def _check_names() -> None:
+    """What a backend says of a rank that does not come names nothing that a user knows."""
+    _, wrapped, _, x = _pair(GATHERED)
+    loss = mean_square(wrapped(x))
+    with (
+        patch.object(rtp_wrap.gather, "_reduce_scattered", _fail),
+        pytest.raises(RuntimeError, match=r"reduce-scatter failed on rank \d: Timed out"),
+    ):
+        loss.backward()
+    with (
+        patch.object(rtp_wrap.gather, "_all_gathered", _fail),
+        patch.object(DTensor, "full_tensor", _fail),
+        pytest.raises(RuntimeError, match=r"conv\.\w+ gather failed on rank \d: Timed out"),
+    ):
+        wrapped(x)
+
+
+@multi_world_sizes
+def test_a_collective_that_fails_names_the_layer(world_size: int) -> None:
+    run_ranks(world_size, _check_names)
