@@ -103,10 +103,7 @@ class Rotation:
             except RuntimeError as error:
                 failure = failure or error
         if failure is not None:
-            raise RuntimeError(
-                f"{self._event}: hop {self._hops} failed on rank {self._ring.rank}. Another rank "
-                f"has raised, died, or runs another layer; see its own error first"
-            ) from failure
+            raise self._ring.not_answered(self._event, self._hops) from failure
 
 
 class Lane:

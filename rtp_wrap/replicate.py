@@ -7,7 +7,7 @@ accumulation, ``retain_graph``, ``autograd.grad``, a recomputed block.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,21 +37,19 @@ def replicated(
     summed in that of the ring's precision policy (by default in fp32 for 16-bit parameters,
     otherwise in the parameter's dtype).
     """
-    wanted = torch.is_grad_enabled()
-    trained = [index for index, p in enumerate(parameters) if wanted and p.requires_grad]
-    outputs: Iterator[torch.Tensor] = iter(())
-    if trained:
-        outputs = iter(
-            _AverageGradients.apply(
-                ring,
-                [fqns[index] for index in trained],
-                [dtypes[index] for index in trained],
-                *[parameters[index] for index in trained],
-            )
+    trained = [index for index, each in enumerate(parameters) if each.requires_grad]
+    averaged: dict[int, torch.Tensor] = {}
+    if trained and torch.is_grad_enabled():
+        outputs = _AverageGradients.apply(
+            ring,
+            [fqns[index] for index in trained],
+            [dtypes[index] for index in trained],
+            *[parameters[index] for index in trained],
         )
+        averaged = dict(zip(trained, outputs, strict=True))
     return tuple(
-        next(outputs) if wanted and parameter.requires_grad else _plain(parameter, dtype)
-        for parameter, dtype in zip(parameters, dtypes, strict=True)
+        averaged[index] if index in averaged else _plain(parameter, dtypes[index])
+        for index, parameter in enumerate(parameters)
     )
 
 

@@ -10,11 +10,10 @@ import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary, ref
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import (
@@ -90,9 +89,6 @@ class Ring:
         self.overlap = overlap
         self.lockstep = Lockstep(self.group) if lockstep is None else lockstep
         self.frames = Frames()
-        #: Where replicated parameters are, by the module that was called; with their names.
-        self.replicas: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Module], str]]]
-        self.replicas = WeakKeyDictionary()
         #: Weights that were gathered for the backward of a module, by what asked for them.
         self.regathered: tuple[object, dict[tuple[int, torch.dtype], torch.Tensor]] | None = None
         # While the first forward runs: the fqns of modules with managed parameters, as called.
@@ -142,6 +138,13 @@ class Ring:
         self.lockstep.record(f"an exception after {hops} hops")
         if self.peers is not None:
             self.peers.settle()
+
+    def not_answered(self, event: str, hop: int) -> RuntimeError:
+        """The error of a rank that others did not meet in a rotation."""
+        return RuntimeError(
+            f"{event}: hop {hop} failed on rank {self.rank}. Another rank has raised, died, or "
+            f"runs another layer; see its own error first"
+        )
 
     def begin_forward(self, fqn: str) -> None:
         """An outermost forward begins, that of ``fqn``; another one must not be under way."""

@@ -133,7 +133,7 @@ def _piece(size: int, limit: int) -> int:
     They are few and nearly equal, and begin at multiples of 128, or of so many that no more than
     an eighth of ``limit`` is lost. That is for the products: a piece of activations that begins at
     an odd address is read without the tensor memory accelerator, which takes multiples of 16 bytes,
-    and a product then takes three times as long on an H200.
+    and a product then takes a multiple of the time (benchmarks/README.md).
     """
     if size <= limit:
         return max(1, size)
@@ -160,8 +160,8 @@ def sharded_dim(weight: DTensor) -> int:
 def dtensor_like(local: torch.Tensor, other: DTensor) -> DTensor:
     """``local`` as this rank's part of a DTensor of the shape and placements of ``other``.
 
-    ``DTensor.from_local`` takes thirty times as long on the host, and ``DTensor(...)``, by which
-    FSDP2 makes gradients, three times: it keeps Dynamo out of an ``__init__`` that does nothing.
+    ``DTensor.from_local`` takes the host much longer, and so does ``DTensor(...)``, by which FSDP2
+    makes gradients: it keeps Dynamo out of an ``__init__`` that does nothing.
     """
     return DTensor.__new__(DTensor, local, other._spec, requires_grad=False)
 

@@ -8,8 +8,8 @@ import torch
 
 
 def current_stream(device: torch.device) -> torch.cuda.Stream:
-    """``torch.cuda.current_stream``; the same object each time, and in a tenth of the time."""
-    # No public call is as quick; code that Inductor generates asks this one, too.
+    """``torch.cuda.current_stream``, but the same object each time: none is made for the answer."""
+    # No public call tells a stream's handle alone; code that Inductor generates asks this one, too.
     return _stream(device, torch._C._cuda_getCurrentRawStream(device.index))
 
 

@@ -27,6 +27,7 @@ import rtp_wrap
 from rtp_wrap import MixedPrecisionPolicy, Rotate, RotatedTensorParallel, ShardingPolicy
 from rtp_wrap.transport import choice
 from rtp_wrap.transport.area import WINDOW, Area
+from rtp_wrap.transport.cells import aligned
 from rtp_wrap.transport.choice import VARIABLE
 from rtp_wrap.transport.foresight import Visit
 from rtp_wrap.transport.peer import PeerTransport
@@ -504,6 +505,7 @@ def test_a_cell_takes_nobodys_place_too_soon(slot: int, slots: int, sizes: list[
     """With three slots, neither that of the cell before, nor of the one before that."""
     area = Area(1000, slot, slots)
     places: list[tuple[int, int]] = []
+    last, used = [-1], 0  # of each filling of a slot
     for number, size in enumerate(min(size, slot) for size in sizes):
         at, before = area.take(size, number)
         assert at >= 1000
@@ -513,6 +515,11 @@ def test_a_cell_takes_nobodys_place_too_soon(slot: int, slots: int, sizes: list[
         ]
         assert before >= max([number - WINDOW, *overlapped])
         assert before < number
+        if used + size > slot:
+            last, used = [*last, -1], 0
+        if len(last) > slots:  # and not later than it must: whoever waits for it is not late then
+            assert before == max(last[-1 - slots], number - WINDOW)
+        last[-1], used = number, used + aligned(size)
         if slots == 3:
             assert before < number - 1
         places.append((at, at + size))

@@ -97,7 +97,7 @@ def _check_pieces(size: int, limit: int, piece: int) -> None:
 
 
 @given(size=st.integers(1, 20000), limit=st.integers(64, 20000), dim=st.sampled_from([0, 1]))
-@example(size=16000, limit=7168, dim=0)  # three pieces, not of 5334: products take three times
+@example(size=16000, limit=7168, dim=0)  # three pieces, but not of 5334
 def test_pieces_begin_where_products_can_read_them(size: int, limit: int, dim: int) -> None:
     """At multiples of 16 bytes: those of 8 elements are, of 16 bits or more."""
     shape = (size, 1) if dim == 0 else (1, size)

@@ -52,7 +52,7 @@ TIMED: tuple[tuple[Any, str], ...] = (
     (SharedMemory, "barrier"),
     (SharedMemory, "copy"),
     (torch.cuda.Event, "record"),
-    (torch.cuda.Stream, "wait_event"),
+    (torch.cuda.Event, "wait"),
 )
 
 

@@ -18,11 +18,13 @@ from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.misuse import check_in_place
 from rtp_wrap.policy import Replicate, Strategy
 from rtp_wrap.replicate import replicated
-from rtp_wrap.ring import Ring
 
 #: A parameter as it reads in one autograd mode: a plain tensor made under ``no_grad`` must not be
 #: read where gradients are wanted, nor one of ``inference_mode`` outside it.
 _Key = tuple[int, bool, bool]
+#: Where replicated parameters are, by the module that was called: whose they are, and their names.
+_places: weakref.WeakKeyDictionary[nn.Module, list[tuple[weakref.ref[nn.Module], str]]]
+_places = weakref.WeakKeyDictionary()
 _NOTHING = nullcontext()
 
 
@@ -99,7 +101,7 @@ class Frame:
     def replicated(self, parameter: DTensor, fqn: str, dtype: torch.dtype) -> torch.Tensor:
         key = _key(parameter)
         if key not in self._memo:
-            below = _replicas(self._module, self._adoption.ring)
+            below = _replicas(self._module)
             if not any(each is parameter for each, _ in below.values()):
                 below = {fqn: (parameter, dtype)}
             parameters, dtypes = zip(*below.values(), strict=True)
@@ -135,14 +137,14 @@ def frame_of(
     return Frame(module, adoption, regather)
 
 
-def _replicas(module: nn.Module, ring: Ring) -> dict[str, tuple[DTensor, torch.dtype]]:
+def _replicas(module: nn.Module) -> dict[str, tuple[DTensor, torch.dtype]]:
     """The replicated parameters at and below ``module`` by fqn, tied ones once; their dtypes.
 
     Where they are is looked up once. One that came later has an average of its own.
     """
-    places = ring.replicas.get(module)
+    places = _places.get(module)
     if places is None:
-        ring.replicas[module] = places = [
+        _places[module] = places = [
             (weakref.ref(each), name)
             for each in module.modules()
             if (adoption := vars(each).get("_adoption")) is not None

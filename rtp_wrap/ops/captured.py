@@ -169,8 +169,8 @@ class _CapturedLinear(torch.autograd.Function):
         return dx if ctx.needs_dx else None, db, token_gradient, None, None, None, None, None
 
 
-# Defined and not a ``custom_op``, of which each call takes the host as long as the product itself:
-# those are prepared for autograd, which meets the function above instead.
+# Defined and not a ``custom_op``, of which each call takes the host longer: those are prepared for
+# autograd, which meets the function above instead.
 def _define(name: str, schema: str) -> None:
     # A replay would run none of the host's part: what follows streams, versions and other ranks.
     torch.library.define(name, schema, tags=(torch.Tag.cudagraph_unsafe,))

@@ -119,12 +119,10 @@ def token_of(use: RotatingWeight, ring: Ring) -> torch.Tensor | None:
     """What stands in for the weight of ``use``; its gradient's node takes from ``use``."""
     if not (torch.is_grad_enabled() and use.weight.requires_grad):
         return None
-    if ring.peers is None or not ring.overlap:  # the gradient is there when the rotation is over
-        token: torch.Tensor = _WeightNode.apply(use.weight, use)
-        return token
     before = _numbers.last
-    token = _WeightNode.apply(use.weight, use)
-    _put_off(token.grad_fn, before)
+    token: torch.Tensor = _WeightNode.apply(use.weight, use)
+    if ring.peers is not None and ring.overlap:  # else it is there when the rotation is over
+        _put_off(token.grad_fn, before)
     return token
 
 

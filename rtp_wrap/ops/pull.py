@@ -84,7 +84,4 @@ class _Pulls:
         done = self._peers.barriers - self._begun
         self._ring.interrupt(done)
         if isinstance(error, PeerError):
-            raise RuntimeError(
-                f"{self._event}: hop {done} failed on rank {self._ring.rank}. Another rank "
-                f"has raised, died, or runs another layer; see its own error first"
-            ) from error
+            raise self._ring.not_answered(self._event, done) from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -59,7 +58,8 @@ class Visit:
         self._visited = None if visited is None else weakref.ref(visited)
         #: What came after it the last time, by what had come before it. Copies of a model come and
         #: go, so it keeps none of them.
-        self.followed: WeakKeyDictionary[Visit, weakref.ref[Visit] | None] = WeakKeyDictionary()
+        self.followed: weakref.WeakKeyDictionary[Visit, weakref.ref[Visit] | None]
+        self.followed = weakref.WeakKeyDictionary()
 
     @property
     def weight(self) -> Visited | None:

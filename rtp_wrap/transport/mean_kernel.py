@@ -24,7 +24,7 @@ _DTYPES = {
 
 
 #: What launches a compiled kernel, and its arguments behind the pointers, by all that it was
-#: compiled for. ``triton.jit`` finds that out at each launch: the host takes several times as long.
+#: compiled for. ``triton.jit`` finds that out at each launch, which takes the host longer.
 _compiled: dict[tuple[object, ...], tuple[Callable[..., None], tuple[object, ...]]] = {}
 
 

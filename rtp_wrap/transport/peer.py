@@ -49,7 +49,6 @@ from rtp_wrap.shard import sharded_dim
 from rtp_wrap.transport.area import Area
 from rtp_wrap.transport.cells import (
     Cell,
-    Landing,
     Parts,
     PeerMemory,
     Published,
@@ -385,29 +384,23 @@ class PeerTransport:
 
     def average(self, cell: Cell, parts: Parts, gradient: torch.Tensor, sums: torch.dtype) -> None:
         """Put the mean of all ranks' parts into the home shard's ``gradient``; sum in ``sums``."""
-        lane, computation, finish = self._gradients, self._computation, self.gradient_stream
+        lane, finish = self._gradients, self.gradient_stream
         number = lane.number
         at, before = self._landings.take(cell.landing_nbytes, number)
         landing = cell.landing(at, parts.at)
         after = self._averaged.of(before) if self._concurrent else None
         come = self._exchange(lane, [landing.pulls], after)
-        if come is None or computation is None or finish is None:
-            self._put_mean(cell, parts, landing, gradient, sums)
-            return
-        come.wait(finish)
-        self._put_mean(cell, parts, landing, gradient, sums)
-        self._averaged.of(number).record(finish)
+        if come is not None and finish is not None:
+            come.wait(finish)
+        if not cell.is_empty:
+            mean = cell.own_part(gradient)
+            put_mean(parts.own, landing, self._memory.rank, mean, sums, finish)
+        if finish is not None:
+            self._averaged.of(number).record(finish)
 
     def averaged(self) -> torch.cuda.Event | None:
         """When all averages so far are done; ``None`` where the computation makes them itself."""
         return self._averaged.of(self._gradients.number) if self._concurrent else None
-
-    def _put_mean(
-        self, cell: Cell, parts: Parts, landing: Landing, gradient: torch.Tensor, sums: torch.dtype
-    ) -> None:
-        if not cell.is_empty:
-            mean = cell.own_part(gradient)
-            put_mean(parts.own, landing, self._memory.rank, mean, sums, self.gradient_stream)
 
     def settle(self) -> None:
         """After an exception: what is still under way comes before anything else."""

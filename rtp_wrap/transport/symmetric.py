@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
 
 from rtp_wrap.host_group import timeout_of
+from rtp_wrap.streams import current_stream
 from rtp_wrap.transport.cells import Copies
 from rtp_wrap.transport.watchdog import Watchdog
 
@@ -99,7 +100,7 @@ class SymmetricMemory:
         self, prepared: list[tuple[int, int, int]], stream: torch.cuda.Stream | None = None
     ) -> None:
         """Make them, by copy engines, on ``stream`` (default: the current one)."""
-        handle = (stream or torch.cuda.current_stream(self._device)).cuda_stream
+        handle = (stream or current_stream(self._device)).cuda_stream
         for to, source, nbytes in prepared:
             _check(driver().cuMemcpyAsync(to, source, nbytes, handle))
 
@@ -116,7 +117,7 @@ class SymmetricMemory:
         else:
             self._watchdog.enqueued[lane] += 1
             operations[-1].value = self._watchdog.enqueued[lane]
-        handle = (stream or torch.cuda.current_stream(self._device)).cuda_stream
+        handle = (stream or current_stream(self._device)).cuda_stream
         _check(driver().cuStreamBatchMemOp_v2(handle, length, operations, 0))
 
     def _operations(self, lane: int, flag: int) -> Any:
