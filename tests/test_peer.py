@@ -18,7 +18,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -501,6 +501,7 @@ def test_what_ranks_pull_is_what_the_plan_says_they_send(world_size: int) -> Non
     slots=st.sampled_from([1, 3]),
     sizes=st.lists(st.integers(0, 300), max_size=60),
 )
+@example(slot=300, slots=3, sizes=[1] * 60)  # the cell before is longer ago than there are events
 def test_a_cell_takes_nobodys_place_too_soon(slot: int, slots: int, sizes: list[int]) -> None:
     """With three slots, neither that of the cell before, nor of the one before that."""
     area = Area(1000, slot, slots)
