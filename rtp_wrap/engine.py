@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils import _python_dispatch as dispatch
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
@@ -18,9 +20,20 @@ _NOTHING = nullcontext()
 PackHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 
-def running_backward() -> int:
-    """The number of the backward that runs in this thread, the innermost; -1 for none."""
-    return torch._C._current_graph_task_id()
+if TYPE_CHECKING:
+    Function = torch.autograd.Function
+else:
+    #: That one without looking for ``torch.func`` transforms in every call, which takes the host
+    #: some microseconds. They are refused where a forward begins.
+    Function = _SingleLevelFunction
+
+#: The number of the backward that runs in this thread, the innermost; -1 for none.
+running_backward: Callable[[], int] = torch._C._current_graph_task_id
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` is at work, ``vmap`` or ``grad`` for example."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def at_its_end(call: Callable[[], None]) -> None:
@@ -28,9 +41,9 @@ def at_its_end(call: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
-def hooks_in_force() -> PackHooks | None:
-    """The saved-tensor hooks that are asked now: the top ones of a stack."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+#: The saved-tensor hooks that are asked now: the top ones of a stack.
+hooks_in_force: Callable[[], PackHooks | None]
+hooks_in_force = partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
 
 
 def hooks_are_disabled() -> bool:
@@ -38,15 +51,20 @@ def hooks_are_disabled() -> bool:
     return torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
 
 
-def order_of(node: Any) -> int:
-    """The number of a node: of those that are ready, autograd runs the one with the highest."""
-    number: int = node._sequence_nr()
-    return number
+def only_accumulates(tensor: torch.Tensor, accumulator: Any) -> bool:
+    """Whether the backward that runs adds the gradient of ``tensor`` to ``.grad``, unseen.
 
-
-def put_in_order(node: Any, number: int) -> None:
-    """Give ``node`` the ``number``, instead of one that is higher than all before."""
-    node._set_sequence_nr(number)
+    Not where it is no leaf, or where its hooks or ``torch.autograd.grad`` take the gradient.
+    ``accumulator`` is the node that adds; hooks of that node are not found.
+    """
+    if not tensor.is_leaf:
+        return False
+    if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(accumulator)
+    except RuntimeError:  # it is what torch.autograd.grad() is to find
+        return False
 
 
 def unseen_by_checkpoints() -> AbstractContextManager[object]:

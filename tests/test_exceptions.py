@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from datetime import timedelta
@@ -19,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import rtp_wrap.ops.linear
 from rtp_wrap import OutOfStepError, Replicate, RotatedTensorParallel, ShardingPolicy
+from rtp_wrap.ops import linear
 from tests.parity import FP64, compare_gradients, compare_weights, sgd
 from tests.ranks import DEVICE_TYPE, device, multi_world_sizes, run_ranks
 
@@ -39,27 +40,56 @@ class InjectedError(RuntimeError):
 
 
 @contextmanager
+def before_products(call: Callable[[], None]) -> Iterator[None]:
+    """``call`` comes before every matrix product of a rotation: one for every tile or layer."""
+
+    def behind(product: Any) -> Any:
+        def run(*args: Any) -> None:
+            call()
+            product(*args)
+
+        return run if product is not None else None
+
+    forward, backward = linear.rotate_forward, linear.rotate_backward
+
+    def rotate_forward(*args: Any) -> None:
+        *others, product = args
+        forward(*others, behind(product))
+
+    def rotate_backward(*args: Any) -> Any:
+        *others, dgrad, wgrad = args
+        return backward(*others, behind(dgrad), behind(wgrad))
+
+    with (
+        mock.patch.object(linear, "rotate_forward", rotate_forward),
+        mock.patch.object(linear, "rotate_backward", rotate_backward),
+    ):
+        yield
+
+
+@contextmanager
 def failing_product(number: int) -> Iterator[None]:
     """The matrix product with this number (from 0), inside a rotation, raises."""
-    original = rtp_wrap.ops.linear._add_product
-    calls = iter(range(1_000_000))
+    calls = itertools.count()
 
-    def product(*args: Any, **kwargs: Any) -> None:
+    def fail() -> None:
         if next(calls) == number:
             raise InjectedError(f"product {number}")
-        original(*args, **kwargs)
 
-    with mock.patch.object(rtp_wrap.ops.linear, "_add_product", product):
+    with before_products(fail):
         yield
 
 
 def products_of_a_forward(model: nn.Module, x: torch.Tensor) -> int:
-    """How many there are: one for every tile, or for every layer."""
-    with mock.patch.object(
-        rtp_wrap.ops.linear, "_add_product", wraps=rtp_wrap.ops.linear._add_product
-    ) as product:
+    """How many there are."""
+    calls = itertools.count()
+
+    def count() -> None:
+        next(calls)
+
+    with before_products(count):
         model(x)
-    return product.call_count
+    return next(calls)
 
 
 def _build() -> nn.Module:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
-import threading
+import weakref
 from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.func import functional_call
 
 from rtp_wrap import Gather, RotatedTensorParallel, ShardingPolicy
 from rtp_wrap.ops import pull
@@ -33,63 +36,52 @@ class Chain(nn.Sequential):
         super().__init__(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(depth)])
 
 
-def _backwards(steps: int, nodes_before: int = 0) -> list[list[str]]:
-    """In what order the backwards of layers and the nodes of their weights come, step by step."""
-    depth = SITES_BETWEEN + 4
+def _present_in_backwards() -> list[list[int]]:
+    """Which weights have a gradient when the backward of each layer begins."""
     policy = ShardingPolicy(replicate_below=0, transport="peer")
-    wrapped = RotatedTensorParallel(Chain(depth).to(device()), policy=policy)
-    seen: list[str] = []
+    wrapped = RotatedTensorParallel(Chain(SITES_BETWEEN + 4).to(device()), policy=policy)
+    weights = list(wrapped.parameters())
+    present: list[list[int]] = []
 
-    def backward(ring: Any, event: str, *args: Any) -> Any:
-        seen.append(f"layer {event[0]}")
-        return original(ring, event, *args)
+    def backward(*args: Any) -> Any:
+        present.append([i for i, weight in enumerate(weights) if weight.grad is not None])
+        return original(*args)
 
-    for index, weight in enumerate(wrapped.parameters()):
-        weight.register_hook(lambda _, index=index: seen.append(f"weight {index}"))  # type: ignore[misc]
-    original, orders = pull.backward, []
-
-    def train() -> None:
-        x = torch.randn(2, WIDTH, device=device())
-        other = torch.ones(1, requires_grad=True)
-        for _ in range(nodes_before):
-            other = other * 1
-        for _ in range(steps):
-            wrapped(x).sum().backward()
-            orders.append(seen.copy())
-            seen.clear()
-
+    original = pull.backward
     with patch.object(pull, "backward", backward):
-        thread = threading.Thread(target=train)  # each has numbers of its own for its nodes
-        thread.start()
-        thread.join()
-    return orders
-
-
-def _backwards_behind_other_nodes() -> list[list[str]]:
-    """Of which ranks have made unlike numbers."""
-    return _backwards(steps=2, nodes_before=5 * dist.get_rank())
+        wrapped(torch.randn(2, WIDTH, device=device())).sum().backward()
+    assert all(weight.grad is not None for weight in weights)
+    return present
 
 
 @multi_world_sizes
-def test_a_gradient_is_taken_some_layers_later(world_size: int) -> None:
-    """What takes it waits for the average, so that it must not come before others' products."""
-    for seen in itertools.chain(*run_ranks(world_size, _backwards, 2)):
-        depth = len(seen) // 2
-        assert depth == SITES_BETWEEN + 4
-        for index in range(depth):
-            weight = seen.index(f"weight {index}")
-            between = max(0, index - SITES_BETWEEN)
-            assert seen.index(f"layer {between}") < weight, seen
-            if index > SITES_BETWEEN:  # and not much later: gradients would pile up
-                assert weight < seen.index(f"layer {between - 1}"), seen
+def test_a_gradient_arrives_some_layers_later(world_size: int) -> None:
+    """There the computation waits for the average: not before others' products have begun."""
+    depth = SITES_BETWEEN + 4
+    for present in run_ranks(world_size, _present_in_backwards):
+        # The last layer is the first one. And not much later: gradients would pile up.
+        arrived = [list(range(layer + SITES_BETWEEN + 1, depth)) for layer in range(depth)]
+        assert present == arrived[::-1]
+
+
+def _order_of_hooks() -> list[int]:
+    policy = ShardingPolicy(replicate_below=0, transport="peer")
+    wrapped = RotatedTensorParallel(Chain(SITES_BETWEEN + 4).to(device()), policy=policy)
+    seen: list[int] = []
+    for index, weight in enumerate(wrapped.parameters()):
+        weight.register_hook(lambda _, index=index: seen.append(index))  # type: ignore[misc]
+    other = torch.ones(1, requires_grad=True)
+    for _ in range(5 * dist.get_rank()):  # ranks have made unlike numbers of nodes
+        other = other * 1
+    wrapped(torch.randn(2, WIDTH, device=device())).sum().backward()
+    return seen
 
 
 @multi_world_sizes
 def test_ranks_take_gradients_in_one_order(world_size: int) -> None:
     """Hooks may communicate, and so does an optimizer's step in one."""
-    first, *others = run_ranks(world_size, _backwards_behind_other_nodes)
-    assert all(orders == first for orders in others)
-    assert first[0] == first[1]
+    for seen in run_ranks(world_size, _order_of_hooks):
+        assert seen == list(reversed(range(SITES_BETWEEN + 4)))
 
 
 def _nested(transport: str) -> None:
@@ -215,3 +207,113 @@ def _uses_of_hooks() -> None:
 @multi_world_sizes
 def test_hooks_have_the_gradient(world_size: int) -> None:
     run_ranks(world_size, _uses_of_hooks)
+
+
+def _hooks_and_a_penalty() -> None:
+    """A hook that steps has the whole gradient, once, whatever else there is of it."""
+    torch.manual_seed(0)
+    dense = Chain(3).to(device(), torch.float64)
+    policy = ShardingPolicy(replicate_below=0, transport="peer")
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
+    stepped: list[int] = []
+
+    def step(parameter: torch.Tensor) -> None:
+        stepped.append(id(parameter))
+        with torch.no_grad():
+            parameter.sub_(parameter.grad, alpha=0.1)  # type: ignore[arg-type]
+        parameter.grad = None
+
+    for parameter in itertools.chain(dense.parameters(), wrapped.parameters()):
+        parameter.register_post_accumulate_grad_hook(step)
+    batch = torch.randn(dist.get_world_size(), 2, WIDTH).to(device(), torch.float64)
+    for model, x in ((dense, batch.flatten(0, 1)), (wrapped, batch[dist.get_rank()])):
+        (mean_square(model(x)) + _penalty(model)).backward()
+    compare_weights(dense, wrapped)
+    assert len(stepped) == len(set(stepped)) == 6
+
+
+@multi_world_sizes
+def test_hooks_that_step_are_called_once(world_size: int) -> None:
+    run_ranks(world_size, _hooks_and_a_penalty)
+
+
+def _gradients_that_are_there() -> None:
+    """Gradients are added in place, as autograd does, to what the user has put there, too."""
+    torch.manual_seed(0)
+    dense = Chain(3).to(device(), torch.float64)
+    policy = ShardingPolicy(replicate_below=0, transport="peer")
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
+    batch = torch.randn(dist.get_world_size(), 2, WIDTH).to(device(), torch.float64)
+    pairs = list(zip(dense.parameters(), wrapped.parameters(), strict=True))
+    there: list[Any] = []
+    for (whole, weight), other in zip(pairs, (None, [Shard(0)], [Replicate()]), strict=True):
+        if other is not None:
+            whole.grad = torch.randn_like(whole)
+            weight.grad = distribute_tensor(whole.grad, weight.device_mesh, other)  # type: ignore[attr-defined]
+        there.append(weight.grad)
+    for _ in range(2):
+        mean_square(dense(batch.flatten(0, 1))).backward()
+        mean_square(wrapped(batch[dist.get_rank()])).backward()
+        for (_, weight), before in zip(pairs, there, strict=True):
+            assert before is None or weight.grad is before
+        there = [weight.grad for _, weight in pairs]
+    for whole, weight in pairs:
+        assert whole.grad is not None
+        torch.testing.assert_close(full(weight.grad), whole.grad)
+
+
+@multi_world_sizes
+def test_gradients_are_added_to_those_that_are_there(world_size: int) -> None:
+    run_ranks(world_size, _gradients_that_are_there)
+
+
+def _weights_of_others() -> None:
+    """A weight that was computed has no ``.grad``: its gradient goes on to what it is made of."""
+    torch.manual_seed(0)
+    dense = nn.Linear(WIDTH, WIDTH, bias=False).to(device(), torch.float64)
+    policy = ShardingPolicy(replicate_below=0, transport="peer")
+    wrapped = RotatedTensorParallel(nn.Sequential(deepcopy(dense)), policy=policy)
+    batch = torch.randn(dist.get_world_size(), 2, WIDTH).to(device(), torch.float64)
+    mean_square(
+        functional_call(dense, {"weight": dense.weight * 2}, batch.flatten(0, 1))
+    ).backward()
+    (weight,) = wrapped.parameters()
+    inner = wrapped.module[0]  # type: ignore[index]
+    y = functional_call(inner, {"weight": weight * 2}, batch[dist.get_rank()])
+    mean_square(y).backward()
+    assert dense.weight.grad is not None
+    torch.testing.assert_close(full(weight.grad), dense.weight.grad)  # type: ignore[arg-type]
+
+
+@multi_world_sizes
+def test_a_weight_may_be_computed(world_size: int) -> None:
+    run_ranks(world_size, _weights_of_others)
+
+
+class _Refused(Exception):
+    pass
+
+
+def _interrupted() -> None:
+    """What was on its way when a backward raised is gone with it, also from memory."""
+    policy = ShardingPolicy(replicate_below=0, transport="peer")
+    wrapped = RotatedTensorParallel(Chain(3).to(device()), policy=policy)
+    kept = weakref.ref(wrapped.module[2].weight)  # type: ignore[index, union-attr]
+
+    def refuse(gradient: torch.Tensor) -> None:
+        raise _Refused
+
+    x = torch.randn(2, WIDTH, device=device(), requires_grad=True)
+    y = wrapped.module[1](wrapped.module[0](x))  # type: ignore[index, operator]
+    y.register_hook(refuse)
+    with pytest.raises(_Refused):
+        wrapped.module[2](y).sum().backward()  # type: ignore[index, operator]
+    assert all(weight.grad is None for weight in wrapped.parameters())
+    del y, wrapped
+    gc.collect()
+    assert kept() is None
+
+
+@multi_world_sizes
+def test_gradients_of_a_backward_that_raises_are_gone(world_size: int) -> None:
+    run_ranks(world_size, _interrupted)

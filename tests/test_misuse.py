@@ -88,6 +88,21 @@ def test_a_parameter_that_was_replaced_is_named(world_size: int) -> None:
     run_ranks(world_size, _check_replaced, timeout=LIMIT)
 
 
+def _check_transforms() -> None:
+    model = _wrap()
+    expected = model(_x()).shape
+    with pytest.raises(RuntimeError, match=r"^the model was called inside a transform of torch"):
+        torch.func.vmap(model)(_x()[None])
+    with pytest.raises(RuntimeError, match=r"^rotated was called inside a transform of torch"):
+        torch.func.grad(lambda x: model.rotated(x).sum())(_x())
+    assert model(_x()).shape == expected
+
+
+@multi_world_sizes
+def test_transforms_of_torch_func_are_refused(world_size: int) -> None:
+    run_ranks(world_size, _check_transforms, timeout=LIMIT)
+
+
 def _check_written() -> None:
     """What the error advises, each of it."""
     for fqn in ("rotated.weight", "rotated.bias", "gathered.weight", "norm.bias"):

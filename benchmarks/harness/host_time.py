@@ -21,7 +21,7 @@ from harness.hardware import this_device
 from harness.strategies import STRATEGIES, Setting, apply
 from harness.trial import adamw
 from rtp_wrap.modules import linear as modules_linear
-from rtp_wrap.ops import gradient, linear, pull
+from rtp_wrap.ops import linear, pull
 from rtp_wrap.ring import Ring
 from rtp_wrap.transport import peer
 from rtp_wrap.transport.lane import Lane
@@ -33,7 +33,7 @@ PARTS = ("forward", "backward", "optimizer")
 #: What is timed, from the outside in.
 TIMED: tuple[tuple[Any, str], ...] = (
     (modules_linear, "rotated_linear"),
-    (gradient, "token_of"),
+    (linear, "deliver"),
     (linear, "linear_forward"),
     (linear, "linear_backward"),
     (Ring, "begin"),

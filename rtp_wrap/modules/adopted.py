@@ -261,12 +261,13 @@ def _with_casts(method: Callable[..., Any]) -> Callable[..., Any]:
     """``method`` with inputs and outputs in the dtypes of the precision policy."""
 
     def run(self: Adopted, *args: Any, **kwargs: Any) -> Any:
-        if self._adoption is None:
+        adoption = self._adoption
+        if adoption is None or not adoption.ring.precision.casts:
             return method(self, *args, **kwargs)
-        precision = self._adoption.ring.precision
+        precision = adoption.ring.precision
         args, kwargs = cast_inputs((args, kwargs), precision)
         output = method(self, *args, **kwargs)
-        if precision.output_dtype is not None and self._adoption.at_root:
+        if precision.output_dtype is not None and adoption.at_root:
             output = cast_floats(output, precision.output_dtype)
         return output
 

@@ -78,15 +78,16 @@ class Frame:
             ring.end_forward()
         if self._hooks is not None:
             self._hooks.__exit__()
-        gathered = list(self._gathered)
-        # What autograd saved refers to the list, which must not keep whole weights alive.
-        self._gathered.clear()
-        self._memo.clear()
-        if kind is None:
-            for each in gathered:
-                each.check_unwritten()
-            if self._outermost:
-                ring.check_in_step()
+        if self._memo:
+            gathered = list(self._gathered)
+            # What autograd saved refers to the list, which must not keep whole weights alive.
+            self._gathered.clear()
+            self._memo.clear()
+            if kind is None:
+                for each in gathered:
+                    each.check_unwritten()
+        if kind is None and self._outermost:
+            ring.check_in_step()
 
     def gathered(self, parameter: DTensor, fqn: str, dtype: torch.dtype) -> torch.Tensor:
         key = _key(parameter)

@@ -9,8 +9,9 @@ ranks. Not these. Each writes to an ``Order``, a tensor that all operators of a 
 share, so that each one follows the one before. And a backward reads the versions that its forward
 wrote: where a graph computes forwards again (activation checkpointing), all of them come first.
 
-The gradient of a weight does not pass through the graph. It waits in the layer for the weight's
-node, which is made outside (see ``gradient``).
+The gradient of a weight does not pass through the graph. It goes to ``.grad`` (see ``gradient``),
+or waits in the layer for a node outside of the graph, from which hooks and the like take it. An
+empty tensor, the token, comes from that node and stands in for the weight as the graph's input.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from weakref import WeakValueDictionary
 import torch
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.engine import running_backward
-from rtp_wrap.ops.gradient import Pending, RotatingWeight, token_of
+from rtp_wrap.engine import Function, at_its_end, running_backward
+from rtp_wrap.ops.gradient import Gradient, accumulates
 from rtp_wrap.ops.linear import check_features, flat, layout_of, linear_backward, linear_forward
 from rtp_wrap.ops.rotate import autocast_dtype, check_dtype, without_autocast
 from rtp_wrap.ring import Ring
+from rtp_wrap.shard import dtensor_like
 from rtp_wrap.written import WriteCheck
 
 _numbers = itertools.count()
@@ -43,8 +45,11 @@ class CapturedLinear:
             self.number = torch.tensor(number, device="cpu")
         self.weight: DTensor | None = None
         self._order: Order | None = None
-        #: What the operators of a backward have found so far, for the nodes of all calls.
-        self.pending = Pending()
+        #: Autograd's node that adds to the weight's ``.grad``.
+        self._accumulator: Any = None
+        #: What operators have found, for the nodes of all calls, by backward: hooks can run one
+        #: within one.
+        self.pending: dict[int, list[Gradient]] = {}
         _layers[number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -55,8 +60,11 @@ class CapturedLinear:
         """What one call of the layer is in a graph; made outside of it."""
         self.weight, self._order = weight, order
         if running_backward() == -1:
-            self.pending.clear()
-        token = token_of(_CapturedWeight(self, weight), self.ring)
+            self.pending.clear()  # of backwards that raised
+        token = None
+        if torch.is_grad_enabled() and weight.requires_grad:
+            token = _CapturedWeight.apply(weight, self)
+            self._accumulator = token.grad_fn.next_functions[0][0]
         features = weight.shape[1 if self.transposed else 0]
         dtype = self.ring.precision.compute_dtype(weight.dtype)
         return LinearInputs(self.number, token, features, dtype, order)
@@ -67,6 +75,35 @@ class CapturedLinear:
         assert self._order is not None
         self._order.provide()
         return self.weight
+
+    def put(self, gradient: Gradient) -> None:
+        """A gradient of the weight was found."""
+        assert self.weight is not None
+        if accumulates(self.weight, self._accumulator, gradient):
+            return
+        backward = running_backward()
+        if backward not in self.pending:
+            self.pending[backward] = []
+
+            def drop() -> None:
+                """Nobody takes it in torch.autograd.grad() of an input alone, say."""
+                self.pending.pop(backward, None)
+
+            at_its_end(drop)
+        self.pending[backward].append(gradient)
+
+    def take(self) -> DTensor | None:
+        """The sum of what was found in this backward and is not in ``.grad``."""
+        gradients = self.pending.pop(running_backward(), None)
+        if not gradients:
+            return None
+        first, *others = [gradient.wait() for gradient in gradients]
+        if not others:
+            return first
+        total = first._local_tensor
+        for other in others:
+            total = total + other._local_tensor
+        return dtensor_like(total, first)
 
 
 class Order:
@@ -97,20 +134,21 @@ class LinearInputs(NamedTuple):
     order: Order
 
 
-class _CapturedWeight(RotatingWeight):
-    """A weight in one call of a compiled module, however often the layer is used in there."""
+class _CapturedWeight(Function):
+    """The weight's node, of one call of a compiled module, however often the layer is in there."""
 
-    __slots__ = ("_written",)
-
-    def __init__(self, layer: CapturedLinear, weight: DTensor) -> None:
-        super().__init__(weight, layer.ring, layer.pending)
+    @staticmethod
+    def forward(ctx: Any, weight: DTensor, layer: CapturedLinear) -> torch.Tensor:
         # Also found where an operator compares versions, unless the forward was computed again
         # for the backward, and after the write.
-        self._written = WriteCheck(weight, layer.fqn, layer.ring)
+        ctx.its = layer, WriteCheck(weight, layer.fqn, layer.ring)
+        return torch.empty_like(layer.ring.no_gradient)
 
-    def take(self) -> DTensor | None:
-        self._written.check()
-        return super().take()
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor | None, None]:
+        layer, written = ctx.its
+        written.check()
+        return layer.take(), None
 
 
 def captured_linear(
@@ -238,12 +276,12 @@ def _backward(
     assert weight is not None
     WriteCheck(weight, its.fqn, its.ring, tuple(versions.tolist())).check()
     layout = layout_of(its.transposed, (dy.shape[-1],))
-    xs = None if x is None else [flat(x)]
+    xs = None if x is None else [x]
     with torch.no_grad(), without_autocast(dy.device.type):
-        (dx,), dw = linear_backward(its.ring, its.fqn, layout, xs, [flat(dy)], weight, [needs_dx])
+        (dx,), dw = linear_backward(its.ring, its.fqn, layout, xs, [dy], weight, [needs_dx])
     if dw is not None:
-        its.pending.put(dw)
-    return dy.new_empty(0) if dx is None else dx.view(*dy.shape[:-1], features)
+        its.put(dw)
+    return dy.new_empty(0) if dx is None else dx
 
 
 @torch.library.register_fake("rtp_wrap::linear_backward")

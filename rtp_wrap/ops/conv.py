@@ -40,7 +40,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
-from rtp_wrap.ops.gradient import Gradient, RotatingWeight, rotating
+from rtp_wrap.engine import Function
+from rtp_wrap.ops.gradient import Gradient, deliver
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import in_layers_dtype, rotate_backward, rotate_forward, without_autocast
 from rtp_wrap.ring import Ring
@@ -91,8 +92,7 @@ def rotated_conv(
     (x,) = in_layers_dtype(ring, fqn, weight, [x])
     bias = None if bias is None else bias.to(x.dtype)
     batched = x if x.dim() == spatial + 2 else x.unsqueeze(0)
-    token, use = rotating(weight, ring)
-    y: torch.Tensor = _RotatedConv.apply(token, bias, batched, use, ring, fqn, layout)
+    y: torch.Tensor = _RotatedConv.apply(weight, bias, batched, ring, fqn, layout)
     return y if batched is x else y.squeeze(0)
 
 
@@ -119,24 +119,22 @@ def _check_shape(x: torch.Tensor, layout: _Layout, fqn: str) -> None:
         )
 
 
-class _RotatedConv(torch.autograd.Function):
+class _RotatedConv(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        token: torch.Tensor | None,
+        weight: DTensor,
         bias: torch.Tensor | None,
         x: torch.Tensor,
-        use: RotatingWeight,
         ring: Ring,
         fqn: str,
         layout: _Layout,
     ) -> torch.Tensor:
-        weight = use.weight
         ctx.save_for_backward(*((x,) if ctx.needs_input_grad[0] else ()))
         ctx.shape, ctx.memory_format = x.shape, _memory_format(x)
         # Not saved: the home shard is the parameter's own memory, and a change of it between
         # forward and backward is found by its versions, with an error that names the layer.
-        ctx.use, ctx.written = use, WriteCheck(weight, fqn, ring)
+        ctx.weight, ctx.written = weight, WriteCheck(weight, fqn, ring)
         ctx.ring, ctx.fqn, ctx.layout = ring, fqn, layout
         with without_autocast(x.device.type):
             return _forward(ring, fqn, layout, x, weight, bias)
@@ -149,9 +147,9 @@ class _RotatedConv(torch.autograd.Function):
         (x,) = ctx.saved_tensors if needs_dw else (None,)
         dx = _empty(ctx.shape, dy, ctx.memory_format) if needs_dx else None
         with without_autocast(dy.device.type):
-            dw = _backward(ctx.ring, ctx.fqn, ctx.layout, x, dy, dx, ctx.use.weight)
+            dw = _backward(ctx.ring, ctx.fqn, ctx.layout, x, dy, dx, ctx.weight)
             db = dy.sum([0, *range(2, dy.dim())]) if needs_db else None
-        return ctx.use.put(dw), db, dx, None, None, None, None
+        return deliver(ctx, ctx.weight, dw), db, dx, None, None, None
 
 
 def _forward(

@@ -32,7 +32,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
-from rtp_wrap.ops.gradient import Gradient, RotatingWeight, rotating
+from rtp_wrap.engine import Function
+from rtp_wrap.ops.gradient import Gradient, deliver
 from rtp_wrap.ops.lookup import Lookup
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import rotate_backward, rotate_forward, without_autocast
@@ -62,9 +63,8 @@ def rotated_embedding(
     device or out of range, before any communication; on CUDA the range is asserted by the device.
     """
     _check(ids, weight, fqn)
-    token, use = rotating(weight, ring)
     y: torch.Tensor = _RotatedEmbedding.apply(
-        token, ids, use, ring, fqn, padding_idx, scale_grad_by_freq
+        weight, ids, ring, fqn, padding_idx, scale_grad_by_freq
     )
     return y
 
@@ -88,22 +88,20 @@ def _check(ids: torch.Tensor, weight: DTensor, fqn: str) -> None:
             )
 
 
-class _RotatedEmbedding(torch.autograd.Function):
+class _RotatedEmbedding(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        token: torch.Tensor | None,
+        weight: DTensor,
         ids: torch.Tensor,
-        use: RotatingWeight,
         ring: Ring,
         fqn: str,
         padding_idx: int | None,
         scale_grad_by_freq: bool,
     ) -> torch.Tensor:
-        weight = use.weight
         ctx.save_for_backward(ids)
         # Not saved, as for every rotated layer: see `linear`.
-        ctx.use, ctx.written = use, WriteCheck(weight, fqn, ring)
+        ctx.weight, ctx.written = weight, WriteCheck(weight, fqn, ring)
         ctx.ring, ctx.fqn = ring, fqn
         ctx.padding_idx, ctx.scale_grad_by_freq = padding_idx, scale_grad_by_freq
         with without_autocast(ids.device.type):
@@ -120,11 +118,11 @@ class _RotatedEmbedding(torch.autograd.Function):
                 ctx.fqn,
                 ids.reshape(-1),
                 dy.reshape(-1, dy.shape[-1]),
-                ctx.use.weight,
+                ctx.weight,
                 ctx.padding_idx,
                 ctx.scale_grad_by_freq,
             )
-        return ctx.use.put(dw), None, None, None, None, None, None
+        return deliver(ctx, ctx.weight, dw), None, None, None, None, None
 
 
 def _forward(ring: Ring, fqn: str, ids: torch.Tensor, weight: DTensor) -> torch.Tensor:

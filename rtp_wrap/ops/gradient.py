@@ -1,28 +1,26 @@
-"""The gradient of a rotated weight, as an autograd node of its own.
+"""The gradient of a rotated weight on its way to ``.grad``.
 
 A rotation's backward computes the gradients of the input and of the weight, but the latter may be
 finished later, beside the computation (see ``transport.peer``), which has to wait for it before
-anybody takes it: for a sum with another one, a hook, ``.grad``, ``autograd.grad``. So the weight
-has a node, which autograd runs a few sites after the rotation's. By then the gradient has come, or
-almost, and waiting for it takes the device no time.
+anybody takes it. Waiting at once would stop the computation at every layer. So where a gradient
+goes to ``.grad`` and nobody looks on, it is put there a few layers later: by then it has come, or
+almost, and waiting for it takes the device no time. At the end of a backward all have arrived.
 
-All of autograd's own work is on the computation's stream like that. With nodes on the stream where
-gradients are finished autograd would add them up there, and it does not record that for DTensors:
-what it has added to another gradient would be overwritten before it is read.
+Autograd's own way, which FSDP2 does not go for such gradients either, is left to those that
+somebody wants to see: hooks, ``torch.autograd.grad``. The computation waits for these.
 """
 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.engine import at_its_end, order_of, put_in_order, running_backward
-from rtp_wrap.ring import Ring
-from rtp_wrap.shard import dtensor_like
+from rtp_wrap.engine import at_its_end, only_accumulates, running_backward
 from rtp_wrap.streams import current_stream
 
 #: So far the computation is ahead of the averages at the most, where layers fill a slot of the
@@ -43,120 +41,72 @@ class Gradient(NamedTuple):
         return self.value
 
 
-class Pending:
-    """Gradients of a weight on the way to its node, by backward: hooks can run one within one."""
+def deliver(node: Any, weight: DTensor, gradient: Gradient | None) -> DTensor | None:
+    """What the backward of a site returns as the gradient of ``weight``, its first input.
 
-    __slots__ = ("_gradients",)
-
-    def __init__(self) -> None:
-        self._gradients: dict[int, list[Gradient]] = {}
-
-    def put(self, gradient: Gradient) -> None:
-        """Leave it; to be called in a backward."""
-        backward = running_backward()
-        if backward not in self._gradients:
-            self._gradients[backward] = []
-
-            def drop() -> None:
-                """Nobody takes it in torch.autograd.grad() of an input alone, say."""
-                self._gradients.pop(backward, None)
-
-            at_its_end(drop)
-        self._gradients[backward].append(gradient)
-
-    def take(self) -> DTensor | None:
-        """The sum of what was left in this backward, for work on the current stream."""
-        gradients = self._gradients.pop(running_backward(), None)
-        if not gradients:
-            return None
-        first, *others = [gradient.wait() for gradient in gradients]
-        if not others:
-            return first
-        total = first._local_tensor
-        for other in others:
-            total = total + other._local_tensor
-        return dtensor_like(total, first)
-
-    def __len__(self) -> int:
-        return len(self._gradients)
-
-    def clear(self) -> None:
-        """Of backwards that raised."""
-        self._gradients.clear()
-
-
-class RotatingWeight:
-    """A weight in one use, and its gradient on the way from the op's node to the weight's."""
-
-    __slots__ = ("_pending", "token_gradient", "weight")
-
-    def __init__(self, weight: DTensor, ring: Ring, pending: Pending | None = None) -> None:
-        self.weight = weight
-        self._pending = Pending() if pending is None else pending
-        self.token_gradient = ring.no_gradient
-
-    def put(self, gradient: Gradient | None) -> torch.Tensor | None:
-        """Leave the gradient for the weight's node; returns that of the token."""
-        if gradient is None:
-            return None
-        self._pending.put(gradient)
-        return self.token_gradient
-
-    def take(self) -> DTensor | None:
-        return self._pending.take()
-
-
-def rotating(weight: DTensor, ring: Ring) -> tuple[torch.Tensor | None, RotatingWeight]:
-    """The weight for one use, and a token that stands in for it as the op's input.
-
-    The token is empty, fp32; ``None`` where no gradient is wanted.
+    ``node`` is the site's, the one that runs. ``None`` where ``.grad`` will have it.
     """
-    use = RotatingWeight(weight, ring)
-    return token_of(use, ring), use
-
-
-def token_of(use: RotatingWeight, ring: Ring) -> torch.Tensor | None:
-    """What stands in for the weight of ``use``; its gradient's node takes from ``use``."""
-    if not (torch.is_grad_enabled() and use.weight.requires_grad):
+    if gradient is None or accumulates(weight, node.next_functions[0][0], gradient):
         return None
-    before = _numbers.last
-    token: torch.Tensor = _WeightNode.apply(use.weight, use)
-    if ring.peers is not None and ring.overlap:  # else it is there when the rotation is over
-        _put_off(token.grad_fn, before)
-    return token
+    return gradient.wait()
 
 
-class _Numbers(threading.local):
-    """Of the last weights' nodes of this thread: each thread counts its nodes."""
+def accumulates(weight: DTensor, accumulator: Any, gradient: Gradient) -> bool:
+    """Whether the backward that runs adds ``gradient`` to ``weight.grad`` and no more.
+
+    Then it is on its way. ``accumulator`` is autograd's node that would do so.
+    """
+    if not only_accumulates(weight, accumulator):
+        return False
+    _running.arrivals().put(weight, gradient)
+    return True
+
+
+class _Arrivals:
+    """Gradients of one backward that are not in ``.grad`` yet, in order.
+
+    Autograd's engine owns it, so that those of a backward that raises are gone with it.
+    """
 
     def __init__(self) -> None:
-        # At first, of nodes that are older than any weight's.
-        leaf = torch.empty(0, device="cpu", requires_grad=True)
-        nodes: list[Any] = [leaf.view_as(leaf).grad_fn for _ in range(SITES_BETWEEN)]
-        self.last = deque(map(order_of, nodes), maxlen=SITES_BETWEEN)
+        self._coming: deque[tuple[DTensor, Gradient]] = deque()
+
+    def put(self, weight: DTensor, gradient: Gradient) -> None:
+        self._coming.append((weight, gradient))
+        if len(self._coming) > SITES_BETWEEN:
+            _accumulate(*self._coming.popleft())
+
+    def finish(self) -> None:
+        """The backward is over."""
+        with torch.no_grad():
+            while self._coming:
+                _accumulate(*self._coming.popleft())
 
 
-_numbers = _Numbers()
+def _accumulate(weight: DTensor, gradient: Gradient) -> None:
+    """Add to ``weight.grad``, in place as autograd does."""
+    value, present = gradient.wait(), weight.grad
+    if present is None:
+        weight.grad = value
+    elif isinstance(present, DTensor) and present.placements == value.placements:
+        present._local_tensor.add_(value._local_tensor)
+    else:
+        present.add_(value)
 
 
-def _put_off(node: Any, before: deque[int]) -> None:
-    """Have ``node`` run when the backward of the site ``SITES_BETWEEN`` before its own has run.
+class _Running(threading.local):
+    """The backward that ran last in this thread; one within another is one of its own."""
 
-    Of the nodes that are ready autograd runs the youngest, the one with the highest number. So a
-    node with that of an older one comes later. Each of those numbers is given to one node, so that
-    weights' nodes have one order, the same on all ranks.
-    """
-    number = order_of(node)
-    put_in_order(node, before[0])
-    before.append(number)
+    def __init__(self) -> None:
+        self._backward, self._arrivals = -1, weakref.ref(_Arrivals())
+
+    def arrivals(self) -> _Arrivals:
+        backward, arrivals = running_backward(), self._arrivals()
+        if arrivals is None or backward != self._backward:
+            arrivals = _Arrivals()
+            at_its_end(arrivals.finish)
+            self._backward, self._arrivals = backward, weakref.ref(arrivals)
+        return arrivals
 
 
-class _WeightNode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: DTensor, use: RotatingWeight) -> torch.Tensor:
-        ctx.use = use
-        return torch.empty_like(use.token_gradient)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor | None, None]:
-        return ctx.use.take(), None
+_running = _Running()

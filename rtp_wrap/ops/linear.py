@@ -34,9 +34,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn import functional
 
 from rtp_wrap.double_backward import refuse_double_backward
-from rtp_wrap.ops.gradient import Gradient, RotatingWeight, rotating
+from rtp_wrap.engine import Function
+from rtp_wrap.ops.gradient import Gradient, deliver
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import in_layers_dtype, rotate_backward, rotate_forward, without_autocast
 from rtp_wrap.ring import Ring
@@ -100,9 +102,8 @@ def _rotated(
         check_features(fqn, x, weight, transposed)
     xs = in_layers_dtype(ring, fqn, weight, xs)
     bias = None if bias is None else bias.to(xs[0].dtype)
-    token, use = rotating(weight, ring)
     site = _Site(ring, fqn, layout_of(transposed, tuple(sizes)))
-    ys: tuple[torch.Tensor, ...] = _RotatedLinear.apply(token, bias, use, site, *xs)
+    ys: tuple[torch.Tensor, ...] = _RotatedLinear.apply(weight, bias, site, *xs)
     return ys
 
 
@@ -124,44 +125,34 @@ class _Site(NamedTuple):
     layout: Layout
 
 
-class _RotatedLinear(torch.autograd.Function):
+class _RotatedLinear(Function):
     @staticmethod
     def forward(
         ctx: Any,
-        token: torch.Tensor | None,
+        weight: DTensor,
         bias: torch.Tensor | None,
-        use: RotatingWeight,
         site: _Site,
         *xs: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        weight = use.weight
         ctx.save_for_backward(*(xs if ctx.needs_input_grad[0] else ()))
-        ctx.shapes = [x.shape for x in xs]
         # Not saved: the home shard is the parameter's own memory, and a change of it between
         # forward and backward is found by its versions, with an error that names the layer.
-        ctx.use, ctx.written = use, WriteCheck(weight, site.fqn, site.ring)
-        ctx.site = site
+        ctx.its = site, weight, WriteCheck(weight, site.fqn, site.ring)
         with without_autocast(xs[0].device.type):
             return linear_forward(*site, xs, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *dys: torch.Tensor) -> tuple[Any, ...]:
-        site: _Site = ctx.site
+        site: _Site
+        site, weight, written = ctx.its
         refuse_double_backward(site.fqn)
-        ctx.written.check()
-        needs_dw, needs_db = ctx.needs_input_grad[:2]
-        dys = tuple(flat(dy) for dy in dys)  # [T, O]
-        xs = [flat(x) for x in ctx.saved_tensors] if needs_dw else None  # [T, I]
-        needs_dx = list(ctx.needs_input_grad[4:])
-        weight = ctx.use.weight
+        written.check()
+        needs_dw, needs_db, _, *needs_dx = ctx.needs_input_grad
+        xs = ctx.saved_tensors if needs_dw else None
         with without_autocast(dys[0].device.type):
             dxs, dw = linear_backward(*site, xs, dys, weight, needs_dx)
-            db = _concatenated([dy.sum(0) for dy in dys]) if needs_db else None
-        shaped = [
-            None if dx is None else dx.view(shape)
-            for dx, shape in zip(dxs, ctx.shapes, strict=True)
-        ]
-        return ctx.use.put(dw), db, None, None, *shaped
+            db = _concatenated([flat(dy).sum(0) for dy in dys]) if needs_db else None
+        return deliver(ctx, weight, dw), db, None, *dxs
 
 
 class Layout:
@@ -199,11 +190,42 @@ layout_of = functools.lru_cache(maxsize=1024)(Layout)
 
 def flat(x: torch.Tensor) -> torch.Tensor:
     """``[..., I]`` as ``[T, I]``."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _concatenated(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+class _Sums:
+    """For each of some tensors ``[..., features]`` one with other features, a sum of products."""
+
+    def __init__(self, likes: Sequence[torch.Tensor], features: Sequence[int]) -> None:
+        self._likes, self._features = likes, features
+        self.wholes: list[torch.Tensor | None] = [None] * len(likes)
+        self._begun: set[tuple[int, int]] = set()
+
+    def add(
+        self,
+        index: int,
+        columns: slice,
+        start: torch.Tensor | None,
+        a: torch.Tensor,
+        b: torch.Tensor,
+    ) -> None:
+        """Add ``a @ b`` in ``columns``, to ``start`` where there is nothing yet."""
+        whole = self.wholes[index]
+        if whole is None:
+            like = self._likes[index]
+            whole = like.new_empty(*like.shape[:-1], self._features[index])
+            self.wholes[index] = whole
+        out = flat(whole)[:, columns]
+        key = index, columns.start
+        _add_product(out if key in self._begun else start, a, b, out=out)
+        self._begun.add(key)
+
+    def of_all(self) -> tuple[torch.Tensor, ...]:
+        return tuple(whole for whole in self.wholes if whole is not None)
 
 
 def linear_forward(
@@ -218,26 +240,20 @@ def linear_forward(
 
     They are no views, which autograd would not let anybody change in place.
     """
-    wholes = [x.new_empty(*x.shape[:-1], size) for x, size in zip(xs, layout.sizes, strict=True)]
-    xs = [flat(x) for x in xs]
-    ys = [y.view(len(x), y.shape[-1]) for x, y in zip(xs, wholes, strict=True)]
-    begun: set[tuple[int, int]] = set()  # (section, its output) from where a sum is there already
+    ys = _Sums(xs, layout.sizes)
 
     def product(tile: Tile, values: torch.Tensor) -> None:
-        if layout.is_one and tile.shape == weight.shape:
-            _add_product(bias, xs[0], layout.matrix(values).t(), out=ys[0])
+        matrix = layout.matrix(values)
+        if layout.is_one and tile.shape == weight.shape and xs[0].is_contiguous():
+            ys.wholes[0] = functional.linear(xs[0], matrix, bias)
             return
         outs, ins = layout.features(tile)
-        matrix = layout.matrix(values)
         for index, section, part in layout.sections(outs):
-            out = ys[index][:, section]
             first = None if bias is None else bias[outs][part]
-            start = out if (index, section.start) in begun else first
-            _add_product(start, xs[index][:, ins], matrix[part].t(), out=out)
-            begun.add((index, section.start))
+            ys.add(index, section, first, flat(xs[index])[:, ins], matrix[part].t())
 
     rotate_forward(ring, fqn, weight, xs[0].dtype, product)
-    return tuple(wholes)
+    return ys.of_all()
 
 
 def linear_backward(
@@ -248,39 +264,34 @@ def linear_backward(
     dys: Sequence[torch.Tensor],
     weight: DTensor,
     needs_dx: Sequence[bool],
-) -> tuple[list[torch.Tensor | None], Gradient | None]:
-    """``dx`` of each input that needs it, and ``dW`` if there are ``xs`` to make it of."""
+) -> tuple[tuple[torch.Tensor | None, ...], Gradient | None]:
+    """``dx`` of each input that needs it, and ``dW`` if there are ``xs`` to make it of.
+
+    Inputs and gradients are ``[..., I]`` and ``[..., O_s]``.
+    """
     features = weight.shape[0 if layout.transposed else 1]
-    dxs = [
-        dy.new_empty(dy.shape[0], features) if needed else None
-        for dy, needed in zip(dys, needs_dx, strict=True)
-    ]
-    begun: set[tuple[int, int]] = set()  # (section, input) from where a part of dx is a sum already
+    dys = [dy.contiguous() for dy in dys]  # now, and not once for each product
+    dxs = _Sums(dys, [features] * len(dys))
 
     def dgrad(tile: Tile, values: torch.Tensor) -> None:
+        matrix = layout.matrix(values)
         if layout.is_one and tile.shape == weight.shape:
-            assert dxs[0] is not None
-            _add_product(None, dys[0], layout.matrix(values), out=dxs[0])
+            dxs.wholes[0] = torch.matmul(dys[0], matrix)
             return
         outs, ins = layout.features(tile)
-        matrix = layout.matrix(values)
         for index, section, part in layout.sections(outs):
-            dx = dxs[index]
-            if dx is not None:
-                out = dx[:, ins]
-                start = out if (index, ins.start) in begun else None
-                _add_product(start, dys[index][:, section], matrix[part], out=out)
-                begun.add((index, ins.start))
+            if needs_dx[index]:
+                dxs.add(index, ins, None, flat(dys[index])[:, section], matrix[part])
 
     def wgrad(tile: Tile, start: torch.Tensor | None, out: torch.Tensor, scale: float) -> None:
         assert xs is not None
         if layout.is_one and tile.shape == weight.shape:
             a, b = (xs[0], dys[0]) if layout.transposed else (dys[0], xs[0])
-            _add_product(start, a.t(), b, out=out, scale=scale)
+            _add_product(start, flat(a).t(), flat(b), out=out, scale=scale)
             return
         outs, ins = layout.features(tile)
         for index, section, part in layout.sections(outs):
-            dy, x = dys[index][:, section], xs[index][:, ins]
+            dy, x = flat(dys[index])[:, section], flat(xs[index])[:, ins]
             if layout.transposed:
                 first = None if start is None else start[:, part]
                 _add_product(first, x.t(), dy, out=out[:, part], scale=scale)
@@ -296,7 +307,7 @@ def linear_backward(
         dgrad if any(needs_dx) else None,
         wgrad if xs is not None else None,
     )
-    return dxs, dw
+    return tuple(dxs.wholes), dw
 
 
 def _add_product(
