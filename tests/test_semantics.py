@@ -181,6 +181,14 @@ def of_some_parameters(model: Any, x: torch.Tensor) -> None:
     model.mid.weight.grad += gradient
 
 
+def into_chosen_leaves(model: Any, x: torch.Tensor) -> None:
+    """Into one weight only, then into all."""
+    loss = mean_square(model(x))
+    loss.backward(inputs=[model.mid.weight], retain_graph=True)
+    assert model.up.weight.grad is None
+    loss.backward()
+
+
 def with_input_gradient(model: nn.Module, x: torch.Tensor) -> None:
     x = x.clone().requires_grad_()
     y = model(x)
@@ -246,6 +254,7 @@ CASES: dict[str, dict[str, Any]] = {
     "autograd.grad": {"pass_": by_autograd_grad},
     "autograd.grad, mixed": {"pass_": by_autograd_grad, "policy": MIXED},
     "autograd.grad of one": {"pass_": of_some_parameters},
+    "into chosen leaves": {"pass_": into_chosen_leaves},
     "checkpointing": {"pass_": checkpointed},
     "checkpointing, mixed": {"pass_": checkpointed, "policy": MIXED},
     "reentrant checkpointing": {"pass_": checkpointed_reentrant},
