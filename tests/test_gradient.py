@@ -118,6 +118,38 @@ def test_a_backward_within_a_backward_has_gradients_of_its_own(
     run_ranks(world_size, _nested, transport)
 
 
+def _complete_when_it_returns() -> None:
+    """A hook runs another backward, and has its gradients then."""
+    torch.manual_seed(0)
+    dense = nn.ModuleList([Chain(2), Chain(2)]).to(device(), torch.float64)
+    policy = ShardingPolicy(replicate_below=0, transport="peer")
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
+    batch = torch.randn(dist.get_world_size(), 2, WIDTH).to(device(), torch.float64)
+    mean_square(dense[1](batch.flatten(0, 1))).backward()
+    x = batch[dist.get_rank()]
+    outer, inner = wrapped.module.children()  # type: ignore[operator]
+    loss, compared = mean_square(inner(x)), []
+
+    def hook(gradient: torch.Tensor) -> None:
+        loss.backward()
+        for (name, weight), whole in zip(
+            inner.named_parameters(), dense[1].parameters(), strict=True
+        ):
+            assert whole.grad is not None
+            torch.testing.assert_close(full(weight.grad), whole.grad)  # type: ignore[arg-type]
+            compared.append(name)
+
+    y = outer[0](x)
+    y.register_hook(hook)
+    mean_square(outer[1](y)).backward()
+    assert len(compared) == 2
+
+
+@multi_world_sizes
+def test_a_backward_is_complete_when_it_returns(world_size: int) -> None:
+    run_ranks(world_size, _complete_when_it_returns)
+
+
 class Shared(nn.Module):
     """Rotated and gathered layers, in one use and in several."""
 
