@@ -286,6 +286,21 @@ def test_norms_with_statistics_keep_their_dtype(world_size: int) -> None:
     run_ranks(world_size, _check_norms)
 
 
+def _check_outputs_alone() -> None:
+    torch.manual_seed(0)
+    dense = _net().to(device())
+    policy = MixedPrecisionPolicy(output_dtype=FP64)
+    model = RotatedTensorParallel(deepcopy(dense), policy=POLICY, mixed_precision=policy)
+    x = _x()
+    assert model(x).dtype == FP64
+    torch.testing.assert_close(model(x), dense(x).to(FP64))
+
+
+@all_world_sizes
+def test_outputs_alone_can_be_cast(world_size: int) -> None:
+    run_ranks(world_size, _check_outputs_alone)
+
+
 def _check_checkpointing() -> None:
     for reentrant in (False, True):
         torch.manual_seed(0)
