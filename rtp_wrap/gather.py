@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.engine import PackHooks, at_its_end, running_backward
+from rtp_wrap.gradient import Gradient, deliver
 from rtp_wrap.profiling import profiler_range
 from rtp_wrap.ring import Ring
 from rtp_wrap.shard import extent, sharded_dim
@@ -99,7 +100,7 @@ class _Gather(torch.autograd.Function):
         return whole.detach()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor | None, None, None, None]:
         refuse_double_backward(ctx.fqn)
         ctx.written.check()
         ring: Ring = ctx.ring
@@ -108,8 +109,8 @@ class _Gather(torch.autograd.Function):
         if regathered and regathered[1].pop((id(ctx.parameter), ctx.dtype), None) is not None:
             ring.regathered = regathered  # its module may still need the others
         with _named("reduce-scatter", ctx.fqn, ring):
-            gradient = _reduce_scattered(grad, ctx.parameter, ring)
-        return gradient, None, None, None
+            gradient = Gradient(_reduce_scattered(grad, ctx.parameter, ring), None)
+        return deliver(ctx.parameter, ctx.next_functions[0][0], gradient), None, None, None
 
 
 def _reduce_scattered(grad: torch.Tensor, parameter: DTensor, ring: Ring) -> DTensor:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
+from rtp_wrap.gradient import Gradient, deliver
 from rtp_wrap.profiling import profiler_range
 from rtp_wrap.ring import Ring
 from rtp_wrap.shard import dtensor_like
@@ -78,6 +79,7 @@ class _AverageGradients(torch.autograd.Function):
         ring.begin(f"average of {len(used)} gradients, {first} and on {used}")
         ring.lockstep.verify("an average of gradients")
         results: list[DTensor | None] = [None] * len(grads)
+        following = ctx.next_functions
         dense = [(index, _dense(grads[index])) for index in used]
         dtypes = [ring.precision.average_dtype(each.dtype) for each in ctx.parameters]
         with profiler_range("average", f"{first} and {max(0, len(used) - 1)} more"):
@@ -91,7 +93,8 @@ class _AverageGradients(torch.autograd.Function):
                 ]
                 torch._foreach_copy_([_flat(each) for each in own], means)
                 for (index, _), parameter, mean in zip(bucket.grads, parameters, own, strict=True):
-                    results[index] = dtensor_like(mean, parameter)
+                    gradient = Gradient(dtensor_like(mean, parameter), None)
+                    results[index] = deliver(parameter, following[index][0], gradient)
         return (None, None, None, *results)
 
 

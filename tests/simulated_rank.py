@@ -19,8 +19,8 @@ from unittest.mock import patch
 import torch
 from torch.distributed.tensor import Shard
 
+from rtp_wrap.gradient import SITES_BETWEEN
 from rtp_wrap.ops import pull
-from rtp_wrap.ops.gradient import SITES_BETWEEN
 from rtp_wrap.policy import MixedPrecisionPolicy
 from rtp_wrap.ring import Ring
 from rtp_wrap.shard import Tile, TileGrid

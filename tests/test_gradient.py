@@ -18,8 +18,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.func import functional_call
 
 from rtp_wrap import Gather, RotatedTensorParallel, ShardingPolicy
+from rtp_wrap.gradient import SITES_BETWEEN
 from rtp_wrap.ops import pull
-from rtp_wrap.ops.gradient import SITES_BETWEEN
 from rtp_wrap.transport import peer
 from tests.parity import compare_gradients, compare_weights, full, mean_square, sgd
 from tests.ranks import DEVICE_TYPE, device, multi_world_sizes, run_ranks

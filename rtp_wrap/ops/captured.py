@@ -24,7 +24,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.engine import Function, at_its_end, running_backward
-from rtp_wrap.ops.gradient import Gradient, accumulates
+from rtp_wrap.gradient import Gradient, accumulates
 from rtp_wrap.ops.linear import check_features, flat, layout_of, linear_backward, linear_forward
 from rtp_wrap.ops.rotate import autocast_dtype, check_dtype, without_autocast
 from rtp_wrap.ring import Ring

@@ -41,7 +41,7 @@ from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.engine import Function
-from rtp_wrap.ops.gradient import Gradient, deliver
+from rtp_wrap.gradient import Gradient, deliver
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import in_layers_dtype, rotate_backward, rotate_forward, without_autocast
 from rtp_wrap.ring import Ring
@@ -149,7 +149,7 @@ class _RotatedConv(Function):
         with without_autocast(dy.device.type):
             dw = _backward(ctx.ring, ctx.fqn, ctx.layout, x, dy, dx, ctx.weight)
             db = dy.sum([0, *range(2, dy.dim())]) if needs_db else None
-        return deliver(ctx, ctx.weight, dw), db, dx, None, None, None
+        return deliver(ctx.weight, ctx.next_functions[0][0], dw), db, dx, None, None, None
 
 
 def _forward(

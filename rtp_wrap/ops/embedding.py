@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.engine import Function
-from rtp_wrap.ops.gradient import Gradient, deliver
+from rtp_wrap.gradient import Gradient, deliver
 from rtp_wrap.ops.lookup import Lookup
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import rotate_backward, rotate_forward, without_autocast
@@ -122,7 +122,7 @@ class _RotatedEmbedding(Function):
                 ctx.padding_idx,
                 ctx.scale_grad_by_freq,
             )
-        return deliver(ctx, ctx.weight, dw), None, None, None, None, None
+        return deliver(ctx.weight, ctx.next_functions[0][0], dw), None, None, None, None, None
 
 
 def _forward(ring: Ring, fqn: str, ids: torch.Tensor, weight: DTensor) -> torch.Tensor:

@@ -38,7 +38,7 @@ from torch.nn import functional
 
 from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.engine import Function
-from rtp_wrap.ops.gradient import Gradient, deliver
+from rtp_wrap.gradient import Gradient, deliver
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import in_layers_dtype, rotate_backward, rotate_forward, without_autocast
 from rtp_wrap.ring import Ring
@@ -152,7 +152,7 @@ class _RotatedLinear(Function):
         with without_autocast(dys[0].device.type):
             dxs, dw = linear_backward(*site, xs, dys, weight, needs_dx)
             db = _concatenated([flat(dy).sum(0) for dy in dys]) if needs_db else None
-        return deliver(ctx, weight, dw), db, None, *dxs
+        return deliver(weight, ctx.next_functions[0][0], dw), db, None, *dxs
 
 
 class Layout:

@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.distributed.tensor import DTensor
 
+from rtp_wrap.gradient import Gradient
 from rtp_wrap.ops import hop, pull
-from rtp_wrap.ops.gradient import Gradient
 from rtp_wrap.ops.products import Product, Reader, WeightGradient
 from rtp_wrap.profiling import profiler_range
 from rtp_wrap.ring import Ring

@@ -1,4 +1,4 @@
-"""The gradient of a rotated weight on its way to ``.grad``.
+"""Averaged gradients on their way to ``.grad``.
 
 A rotation's backward computes the gradients of the input and of the weight, but the latter may be
 finished later, beside the computation (see ``transport.peer``), which has to wait for it before
@@ -6,8 +6,9 @@ anybody takes it. Waiting at once would stop the computation at every layer. So 
 goes to ``.grad`` and nobody looks on, it is put there a few layers later: by then it has come, or
 almost, and waiting for it takes the device no time. At the end of a backward all have arrived.
 
-Autograd's own way, which FSDP2 does not go for such gradients either, is left to those that
-somebody wants to see: hooks, ``torch.autograd.grad``. The computation waits for these.
+Autograd's own way is left to gradients that somebody wants to see, hooks and
+``torch.autograd.grad``: the computation waits for these. It takes the host longer, for it detaches
+a DTensor first. FSDP2 does not go that way either.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from torch.distributed.tensor import DTensor
 from rtp_wrap.engine import at_its_end, only_accumulates, running_backward
 from rtp_wrap.streams import current_stream
 
-#: So far the computation is ahead of the averages at the most, where layers fill a slot of the
-#: staging; with smaller layers it can be further ahead, and may have to wait.
+#: So far, in layers, the computation is ahead of the averages at the most, where layers fill a slot
+#: of the staging; with smaller layers it can be further ahead, and may have to wait.
 SITES_BETWEEN = 3
 
 
@@ -41,24 +42,24 @@ class Gradient(NamedTuple):
         return self.value
 
 
-def deliver(node: Any, weight: DTensor, gradient: Gradient | None) -> DTensor | None:
-    """What the backward of a site returns as the gradient of ``weight``, its first input.
+def deliver(parameter: DTensor, accumulator: Any, gradient: Gradient | None) -> DTensor | None:
+    """What a backward returns as the gradient of ``parameter``: ``None`` if ``.grad`` will have it.
 
-    ``node`` is the site's, the one that runs. ``None`` where ``.grad`` will have it.
+    ``accumulator`` is the node that comes next for it.
     """
-    if gradient is None or accumulates(weight, node.next_functions[0][0], gradient):
+    if gradient is None or accumulates(parameter, accumulator, gradient):
         return None
     return gradient.wait()
 
 
-def accumulates(weight: DTensor, accumulator: Any, gradient: Gradient) -> bool:
-    """Whether the backward that runs adds ``gradient`` to ``weight.grad`` and no more.
+def accumulates(parameter: DTensor, accumulator: Any, gradient: Gradient) -> bool:
+    """Whether the backward that runs adds ``gradient`` to ``.grad`` and no more.
 
     Then it is on its way. ``accumulator`` is autograd's node that would do so.
     """
-    if not only_accumulates(weight, accumulator):
+    if not only_accumulates(parameter, accumulator):
         return False
-    _running.arrivals().put(weight, gradient)
+    _running.arrivals().put(parameter, gradient)
     return True
 
 
@@ -71,8 +72,8 @@ class _Arrivals:
     def __init__(self) -> None:
         self._coming: deque[tuple[DTensor, Gradient]] = deque()
 
-    def put(self, weight: DTensor, gradient: Gradient) -> None:
-        self._coming.append((weight, gradient))
+    def put(self, parameter: DTensor, gradient: Gradient) -> None:
+        self._coming.append((parameter, gradient))
         if len(self._coming) > SITES_BETWEEN:
             _accumulate(*self._coming.popleft())
 
@@ -83,11 +84,11 @@ class _Arrivals:
                 _accumulate(*self._coming.popleft())
 
 
-def _accumulate(weight: DTensor, gradient: Gradient) -> None:
-    """Add to ``weight.grad``, in place as autograd does."""
-    value, present = gradient.wait(), weight.grad
+def _accumulate(parameter: DTensor, gradient: Gradient) -> None:
+    """Add to ``.grad``, in place as autograd does."""
+    value, present = gradient.wait(), parameter.grad
     if present is None:
-        weight.grad = value
+        parameter.grad = value
     elif isinstance(present, DTensor) and present.placements == value.placements:
         present._local_tensor.add_(value._local_tensor)
     else:
