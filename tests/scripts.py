@@ -6,7 +6,6 @@ be the imports of its ranks.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import runpy
 import signal
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed import TCPStore
 
-from tests.ranks.worker import HOST, PRELOAD
+from tests.ranks.worker import HOST, forkserver
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 60.0
@@ -49,8 +48,7 @@ class Script:
             environment |= {"MASTER_ADDR": HOST, "MASTER_PORT": str(self._store.port)}
             environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(ranks)}
             environment |= {"LOCAL_WORLD_SIZE": str(ranks)}
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = forkserver()
         self._processes = []
         for rank in range(max(1, ranks)):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}
