@@ -36,8 +36,8 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 
 def fulls(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """The whole of each tensor, in one exchange: ten would take ten times as long."""
-    wholes = list(tensors)
-    by_group = defaultdict(list)
+    wholes: list[Any] = list(tensors)
+    by_group = defaultdict(list)  # places and dimensions of shards
     for index, tensor in enumerate(wholes):
         if not isinstance(tensor, DTensor):
             continue

@@ -142,7 +142,7 @@ def _main(
     torch.set_num_threads(1)
     if not server:
         fork = multiprocessing.get_context("fork")
-        torch.multiprocessing.get_context = lambda method: fork  # type: ignore[attr-defined]
+        torch.multiprocessing.get_context = lambda method: fork  # type: ignore[assignment]
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", 1) for descriptor in (1, 2))
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
