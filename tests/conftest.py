@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import defaultdict
 from typing import Any
@@ -66,6 +67,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                     dropped.add(sizes[number // 2 % 2])
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
+
+
+def pytest_collection_finish() -> None:
+    """Collections, of which some tests need many, would look at all that has been imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish() -> None:

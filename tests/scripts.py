@@ -6,6 +6,7 @@ be the imports of its ranks.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
@@ -19,9 +20,10 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+import torch.multiprocessing
 from torch.distributed import TCPStore
 
-from tests.ranks.worker import HOST, PRELOAD
+from tests.ranks.worker import HOST, forkserver
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 60.0
@@ -36,27 +38,37 @@ class Done(NamedTuple):
 
 
 class Script:
-    """A script that runs: on ``ranks`` CPU ranks as torchrun starts them, or (0) as one process."""
+    """A script that runs: on ``ranks`` CPU ranks as torchrun starts them, or (0) as one process.
+
+    Ranks that a benchmark forks from a server are forked from the script itself, if it is not to
+    have a ``server``: starting one and importing everything there takes longer than most scripts.
+    """
 
     def __init__(
-        self, script: str, *arguments: object, ranks: int = 0, cwd: Path | None = None
+        self,
+        script: str,
+        *arguments: object,
+        ranks: int = 0,
+        cwd: Path | None = None,
+        server: bool = False,
     ) -> None:
         self._files = [tempfile.NamedTemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
         environment = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+        paths = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+        environment["PYTHONPATH"] = os.pathsep.join(paths)  # for what it starts and does not fork
         if ranks:
             # As torchrun does: the store is the parent's, all ranks are its clients.
             self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
             environment |= {"MASTER_ADDR": HOST, "MASTER_PORT": str(self._store.port)}
             environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(ranks)}
             environment |= {"LOCAL_WORLD_SIZE": str(ranks)}
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = forkserver()
         self._processes = []
         for rank in range(max(1, ranks)):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {}
             names = [file.name for file in self._files]
             command = [str(ROOT / script), *map(str, arguments)]
-            target = (command, os.environ | environment | own, cwd or Path.cwd(), names)
+            target = (command, os.environ | environment | own, cwd or Path.cwd(), names, server)
             process: Any = context.Process(target=_main, args=target)
             process.start()
             self._processes.append(process)
@@ -71,6 +83,9 @@ class Script:
         traceback: TracebackType | None,
     ) -> None:
         for process in self._processes:
+            if process.is_alive():
+                with contextlib.suppress(ProcessLookupError):  # has hardly begun
+                    os.killpg(process.pid, signal.SIGKILL)  # also what it has forked
             process.kill()
             process.join()
         for file in self._files:
@@ -84,6 +99,14 @@ class Script:
     def output(self) -> str:
         """What has been printed so far."""
         return Path(self._files[0].name).read_text()
+
+    def wait_for(self, text: str) -> None:
+        """Until this has been printed. Raises ``TimeoutError`` if that takes too long."""
+        deadline = time.monotonic() + SECONDS
+        while text not in self.output():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no {text!r}: {self._errors()}\n{self.output()}")
+            time.sleep(0.05)
 
     def wait(self, seconds: float = SECONDS) -> Done:
         """Raises ``TimeoutError`` if it takes longer."""
@@ -99,13 +122,16 @@ class Script:
         return Path(self._files[1].name).read_text()
 
 
-def run(script: str, *arguments: object, ranks: int = 0, cwd: Path | None = None) -> Done:
-    """Run ``script``, a path from the root of the repository, to its end."""
-    with Script(script, *arguments, ranks=ranks, cwd=cwd) as running:
+def run(script: str, *arguments: object, **options: Any) -> Done:
+    """Run ``script``, a path from the root of the repository, to its end; options of ``Script``."""
+    with Script(script, *arguments, **options) as running:
         return running.wait()
 
 
-def _main(command: list[str], environ: Mapping[str, str], cwd: Path, files: list[str]) -> None:
+def _main(
+    command: list[str], environ: Mapping[str, str], cwd: Path, files: list[str], server: bool
+) -> None:
+    os.setpgid(0, 0)
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(cwd)
@@ -114,6 +140,9 @@ def _main(command: list[str], environ: Mapping[str, str], cwd: Path, files: list
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
+    if not server:
+        fork = multiprocessing.get_context("fork")
+        torch.multiprocessing.get_context = lambda method: fork  # type: ignore[assignment]
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", 1) for descriptor in (1, 2))
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))

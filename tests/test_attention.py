@@ -34,7 +34,7 @@ from rtp_wrap import (
 from rtp_wrap.modules import Adopted
 from rtp_wrap.modules.attention import RotatedMultiheadAttention
 from rtp_wrap.modules.linear import RotatedLinear
-from tests.parity import FP64, check_parity, full, mean_square
+from tests.parity import FP64, check_parity, fulls, mean_square
 from tests.ranks import (
     DEVICE_TYPE,
     WORLD_SIZES,
@@ -498,7 +498,7 @@ def _exactly() -> None:
             output, weights = model(x, x, x)
             output.sum().backward()
             without, _ = model.eval()(x, x, x, need_weights=False)
-            results.append([output, weights, without, *(full(p.grad) for p in model.parameters())])
+            results.append([output, weights, without, *fulls(p.grad for p in model.parameters())])
         for theirs, ours in zip(*results, strict=True):
             assert torch.equal(ours, theirs)
 
@@ -531,7 +531,7 @@ def _errors(kind: str, options: dict[str, Any], call: dict[str, Any]) -> list[tu
         output, weights = model(x, x, x, **cast)
         assert weights.shape == (8, 4, 4 + len(options))
         output.to(torch.promote_types(output.dtype, torch.float32)).sin().mean().backward()
-        return [output.detach(), weights.detach(), *(full(p.grad) for p in model.parameters())]
+        return [output.detach(), weights.detach(), *fulls(p.grad for p in model.parameters())]
 
     expected = run(truth, torch.float64)
     with torch.autocast(DEVICE_TYPE, torch.bfloat16, enabled=kind == "autocast"):

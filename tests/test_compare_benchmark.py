@@ -39,8 +39,8 @@ SECONDS = 120
 pytestmark = pytest.mark.skipif("RANK" in os.environ, reason="starts ranks of its own")
 
 
-def run(*arguments: str) -> scripts.Done:
-    return scripts.run("benchmarks/compare.py", *arguments)
+def run(*arguments: str, server: bool = False) -> scripts.Done:
+    return scripts.run("benchmarks/compare.py", *arguments, server=server)
 
 
 def test_a_run_on_cpu(tmp_path: Path) -> None:
@@ -83,8 +83,9 @@ def test_a_run_on_cpu(tmp_path: Path) -> None:
 
 
 def test_a_run_without_memory(tmp_path: Path) -> None:
+    """Of all runs of benchmarks here the one whose ranks come from a server, as a user's do."""
     options = ("--strategies", "dp", "rtp", "--baseline", "dp", "--ranks", "1", "--rounds", "2")
-    done = run(*options, "--memory-gib", "0.0001", "--out", str(tmp_path))
+    done = run(*options, "--memory-gib", "0.0001", "--out", str(tmp_path), server=True)
     assert done.code == 0, done.output + done.errors
     assert "| dp | out of memory | – |" in done.output
     assert "| rtp | out of memory | – |" in done.output

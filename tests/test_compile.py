@@ -27,7 +27,7 @@ from rtp_wrap import (
     RotatedTensorParallel,
     ShardingPolicy,
 )
-from tests.parity import FP64, full, mean_square, sgd
+from tests.parity import FP64, fulls, mean_square, sgd
 from tests.ranks import THOROUGH, WORLD_SIZES, device, run_ranks
 from tests.rotated import COMPILERS_WARNINGS, events
 
@@ -194,13 +194,16 @@ def compare(
     dense: nn.Module, wrapped: nn.Module, when: str, value: Callable[[Any], torch.Tensor | None]
 ) -> None:
     """By order: ``torch.compile(block)`` has other names."""
-    named = zip(dense.named_parameters(), wrapped.parameters(), strict=True)
-    for (fqn, theirs), ours in named:
-        expected, found = value(theirs), value(ours)
-        assert (found is None) == (expected is None), f"{when} of {fqn}: presence"
-        if expected is not None:
-            message = functools.partial("{}: {}".format, f"{when} of {fqn}")
-            torch.testing.assert_close(full(found), expected, **FP64, msg=message)
+    expected, found = {}, []
+    for (fqn, theirs), ours in zip(dense.named_parameters(), wrapped.parameters(), strict=True):
+        their, our = value(theirs), value(ours)
+        assert (our is None) == (their is None), f"{when} of {fqn}: presence"
+        if their is not None and our is not None:
+            expected[fqn] = their
+            found.append(our)
+    for (fqn, their), our in zip(expected.items(), fulls(found), strict=True):
+        message = functools.partial("{}: {}".format, f"{when} of {fqn}")
+        torch.testing.assert_close(our, their, **FP64, msg=message)
 
 
 # One graph.
@@ -472,7 +475,7 @@ def _check_precision() -> None:
                 outputs.append(wrapped(x))
             assert len(counting.graphs) == int(compiles)
             mean_square(outputs[-1].float()).backward()
-            gradients.append([full(parameter.grad) for parameter in wrapped.parameters()])
+            gradients.append(fulls(parameter.grad for parameter in wrapped.parameters()))
     # bf16 has 8 bits, and a graph rounds at other places than single operations do.
     for compiled, eager in ((0, 2), (1, 3)):
         assert outputs[compiled].dtype == outputs[eager].dtype

@@ -35,7 +35,7 @@ from rtp_wrap import (
 )
 from rtp_wrap.modules.conv import RotatedConv, RotatedConvTranspose
 from rtp_wrap.shard import TileGrid
-from tests.parity import FP64, check_parity, full, mean_square, sgd
+from tests.parity import FP64, check_parity, full, fulls, mean_square, sgd
 from tests.ranks import (
     DEVICE_TYPE,
     WORLD_SIZES,
@@ -468,8 +468,8 @@ def test_all_whole_groups_of_a_tile_are_one_convolution(world_size: int) -> None
 
 
 def _tensors(model: nn.Module, *others: torch.Tensor) -> list[torch.Tensor]:
-    parameters = [full(p.detach()) for p in model.parameters()]
-    return [*others, *[full(p.grad) for p in model.parameters()], *parameters]
+    parameters = fulls(p.detach() for p in model.parameters())
+    return [*others, *fulls(p.grad for p in model.parameters()), *parameters]
 
 
 def _exact() -> None:
@@ -529,7 +529,7 @@ def _errors(kind: str, transposed: bool, dim: int) -> dict[str, tuple[float, flo
     exact = [each[mine] for each in run(truth, torch.cat(parts).double())]
     dense[1], exact[1] = dense[1] * world_size, exact[1] * world_size  # of this rank's own mean
     for model, tensors in ((ours, own_results), (low, dense), (truth, exact)):
-        tensors += [full(p.grad) for p in model.parameters()]
+        tensors += fulls(p.grad for p in model.parameters())
     for parameter in ours.parameters():
         assert parameter.dtype == parameter.grad.dtype == own
 

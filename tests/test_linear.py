@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rtp_wrap import Gather, Replicate, Rotate, RotatedTensorParallel, ShardingPolicy
 from rtp_wrap.hops import Rotation
 from rtp_wrap.shard import TileGrid
-from tests.parity import FP64, check_parity, full, mean_square, sgd
+from tests.parity import FP64, check_parity, full, fulls, mean_square, sgd
 from tests.ranks import (
     DEVICE_TYPE,
     WORLD_SIZES,
@@ -300,8 +300,8 @@ def test_a_layer_may_be_used_several_times_in_a_forward(
 
 
 def _tensors(model: nn.Module, *others: torch.Tensor) -> list[torch.Tensor]:
-    parameters = [full(p.detach()) for p in model.parameters()]
-    return [*others, *[full(p.grad) for p in model.parameters()], *parameters]
+    parameters = fulls(p.detach() for p in model.parameters())
+    return [*others, *fulls(p.grad for p in model.parameters()), *parameters]
 
 
 def _exact(dtype: torch.dtype, dim: int, bias_rule: Any, autocast: bool) -> None:
@@ -402,7 +402,7 @@ def _errors(
     exact = [each[mine] for each in run(truth, torch.cat(parts).double())]
     dense[1], exact[1] = dense[1] * world_size, exact[1] * world_size  # of this rank's own mean
     for model, tensors in ((ours, own), (low, dense), (truth, exact)):
-        tensors += [full(p.grad) for p in model.parameters()]
+        tensors += fulls(p.grad for p in model.parameters())
 
     def error(tensor: torch.Tensor, true: torch.Tensor) -> float:
         assert tensor.isfinite().all()

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from harness.language_model import clip
 from harness.models import materialise
 from tests import scripts
 
-ROOT = Path(__file__).parents[1]
-SECONDS = 60
 TINY = (
     *("--ninp", "32", "--nhid", "64", "--nhead", "4", "--num_decoder_layers", "2"),
     *("--vocab_size", "64", "--seq_len", "16", "--use_synthetic_data", "--lr", "0.01"),
@@ -96,23 +93,14 @@ def test_a_text_is_learned_in_fp16(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_what_was_measured(tmp_path: Path) -> None:
+    """Of the script alone, which starts its own ranks."""
     result = tmp_path / "result.json"
-    script = ROOT / "benchmarks" / "rtp_benchmark.py"
-    command = [sys.executable, script, *TINY, "--max_batch", "1000000", "--json", result]
-    process = subprocess.Popen(  # the one that starts its own ranks
-        [str(argument) for argument in command],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stdin=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("| batch     3"):
-            break
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=SECONDS)
-    assert process.returncode == 128 + signal.SIGINT
+    options = (*TINY, "--max_batch", "1000000", "--json", result)
+    with scripts.Script("benchmarks/rtp_benchmark.py", *options) as running:
+        running.wait_for("| batch     3")
+        running.interrupt()
+        code, output, errors = running.wait()
+    assert code == 128 + signal.SIGINT, errors
     assert "Throughput(wps) is" in output
     assert len(json.loads(result.read_text())["batches"]) >= 3
 

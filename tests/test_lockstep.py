@@ -343,13 +343,15 @@ def test_a_mistake_of_one_rank_in_wrapping_is_an_error_of_all_at_once(
 
 
 #: Many short lives of two ranks, each of which ends right behind a comparison, while Gloo's threads
-#: cannot have the interpreter. Forked, since an import takes longer than all the rest.
+#: cannot have the interpreter. Forked, since an import takes longer than all the rest; frozen, or
+#: the end of each would look for garbage in all that was imported.
 ENDINGS = """
-import os, sys
+import gc, os, sys
 import torch.distributed as dist
 from rtp_wrap.lockstep import Lockstep
 
-for attempt in range(4):
+gc.freeze()
+for attempt in range(6):
     ranks = [0, 0]
     for rank in range(2):
         ranks[rank] = os.fork()

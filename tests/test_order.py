@@ -7,7 +7,6 @@ in one order, in which every product must find the tiles of its weight, and ever
 
 from __future__ import annotations
 
-import gc
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -41,15 +40,6 @@ WORLDS = {
     "rows read": World(3, 7 * 288, UNEVEN, reads="ac"),
     "no overlap": World(3, 7 * 288, UNEVEN, reads="a", columns="b", overlap=False),
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _garbage_is_found_quickly() -> Iterator[None]:
-    """Each collection here, of which there are many, would look at all that is imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def train(rank: Rank, names: Order) -> None:

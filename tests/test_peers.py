@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from rtp_wrap import RotatedTensorParallel, ShardingPolicy
-from tests.parity import FP64, full
+from tests.parity import FP64, full, fulls
 from tests.ranks import DEVICE_TYPE, all_world_sizes, device, run_ranks
 
 
@@ -50,9 +50,19 @@ def _fsdp2(model: nn.Module) -> nn.Module:
 PEERS: dict[str, Callable[[nn.Module], nn.Module]] = {"DDP": _ddp, "FSDP2": _fsdp2}
 
 
-def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for fqn, parameter in model.named_parameters():
-        yield fqn.removeprefix("module."), parameter
+def _compare(
+    theirs: nn.Module, wrapped: nn.Module, value: Callable[[Any], torch.Tensor], when: str
+) -> None:
+    """Of every parameter, which have equal names; all of them have gradients."""
+    expected, found = (
+        {fqn.removeprefix("module."): value(p) for fqn, p in model.named_parameters()}
+        for model in (theirs, wrapped)
+    )
+    assert list(found) == list(expected)
+    assert not any(each is None for each in [*expected.values(), *found.values()])
+    wholes = zip(found, fulls(found.values()), fulls(expected.values()), strict=True)
+    for fqn, our, their in wholes:
+        torch.testing.assert_close(our, their, **FP64, msg=f"{when} of {fqn}")
 
 
 def _same_training(peer: str, options: dict[str, Any]) -> None:
@@ -70,20 +80,13 @@ def _same_training(peer: str, options: dict[str, Any]) -> None:
                 nn.functional.cross_entropy(
                     m(ids).flatten(0, 1), ids.roll(1, 1).flatten()
                 ).backward()
-        for (fqn, their), (name, our) in zip(_named(theirs), _named(wrapped), strict=True):
-            assert fqn == name
-            assert their.grad is not None
-            assert our.grad is not None
-            torch.testing.assert_close(full(our.grad), full(their.grad), **FP64, msg=fqn)
+        _compare(theirs, wrapped, lambda parameter: parameter.grad, f"step {step}: gradient")
         norms = [torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5) for m in (theirs, wrapped)]
         torch.testing.assert_close(full(norms[1]), full(norms[0]), **FP64)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        for (fqn, their), (_, our) in zip(_named(theirs), _named(wrapped), strict=True):
-            torch.testing.assert_close(
-                full(our.detach()), full(their.detach()), **FP64, msg=f"step {step}: {fqn}"
-            )
+        _compare(theirs, wrapped, torch.Tensor.detach, f"step {step}: weight")
     theirs.eval()
     wrapped.eval()
     with torch.no_grad():

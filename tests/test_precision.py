@@ -28,7 +28,7 @@ from rtp_wrap import (
     RotatedTensorParallel,
     ShardingPolicy,
 )
-from tests.parity import full, mean_square
+from tests.parity import full, fulls, mean_square
 from tests.ranks import (
     DEVICE_TYPE,
     WORLD_SIZES,
@@ -184,7 +184,7 @@ class Block(nn.Module):
 def _distance(model: nn.Module, exact: nn.Module) -> float:
     """How far all gradients together are from the exact ones, relative to their size."""
     theirs = [p.grad for p in exact.parameters() if p.grad is not None]
-    ours = [full(p.grad) for p in model.parameters() if p.grad is not None]
+    ours = fulls(p.grad for p in model.parameters() if p.grad is not None)
     error = sum(float((a.double() - b).square().sum()) for a, b in zip(ours, theirs, strict=True))
     return (error / sum(float(b.square().sum()) for b in theirs)) ** 0.5
 

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any, TypeAlias
 
 import torch
@@ -30,12 +31,27 @@ PRELOAD = ["hypothesis", "pytest", "torch._dynamo", "matplotlib.pyplot", "harnes
 #: On CPUs ranks are a ring where tests do not say otherwise, but for this world size: most of what
 #: the two transports have in common is tested with either.
 PEERS = 2
+#: And what some would import for the first layer that they compile. Not where ranks are on GPUs,
+#: which nothing may touch before the fork.
+COMPILERS = ["torch._dynamo.backends.common", "torch._inductor.pattern_matcher"]
+#: Comes last, since what is imported behind it is not frozen.
+FREEZE = "tests.freeze"
 _STACKS_SIGNAL = signal.SIGUSR1
 _STACKS_TIME = 0.2
 _END_TIMEOUT = 10.0
 
 #: The arguments of `warnings.filterwarnings`.
 WarningFilter: TypeAlias = tuple[Any, str, type[Warning], str, int]
+
+
+def forkserver() -> ForkServerContext:
+    """Starts processes that have imported all of `PRELOAD`."""
+    # With Triton, compilers would start processes and threads as they are imported.
+    os.environ.setdefault("TORCH_WARM_POOL", "0")
+    context = multiprocessing.get_context("forkserver")
+    compilers = COMPILERS if DEVICE_TYPE == "cpu" else []
+    context.set_forkserver_preload([*PRELOAD, *compilers, FREEZE])
+    return context
 
 
 @dataclass(frozen=True)
@@ -53,8 +69,7 @@ class Worker:
     def __init__(self, seat: Seat) -> None:
         self.rank = seat.rank
         self._stacks = tempfile.NamedTemporaryFile("r", prefix="rtp-rank-")  # noqa: SIM115
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
+        context = forkserver()
         self.connection, theirs = context.Pipe()
         self._process = context.Process(
             target=_main, args=(seat, theirs, self._stacks.name), daemon=True
