@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from rtp_wrap import Gather, Replicate, Rotate, RotatedTensorParallel, ShardingPolicy
 from rtp_wrap.transport import Staging
@@ -307,10 +308,11 @@ class _Allocations(torch.utils._python_dispatch.TorchDispatchMode):
     ) -> Any:
         result = function(*args, **(kwargs or {}))
         self.functions.add(function.name())
-        if isinstance(result, torch.Tensor) and function.name().startswith(
-            ("aten::empty", "aten::new")
-        ):
-            self.sizes.extend([result.numel()] if result.numel() else [])
+        if type(result) is torch.Tensor and result.numel():
+            given = [each for each in tree_leaves((args, kwargs)) if type(each) is torch.Tensor]
+            address = result.untyped_storage().data_ptr()
+            if all(each.untyped_storage().data_ptr() != address for each in given):
+                self.sizes.append(result.numel())
         return result
 
 
