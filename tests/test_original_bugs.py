@@ -319,8 +319,9 @@ class _Allocations(torch.utils._python_dispatch.TorchDispatchMode):
 def _row_14() -> None:
     _, wrapped = _pair(nn.Linear(6, 64, bias=False))
     for _ in range(2):
+        x = own_batch(0)
         with _Allocations() as forward:
-            y = wrapped(own_batch(0))
+            y = wrapped(x)
         # The output and nothing else: no staging per call, no pieces that are concatenated.
         assert forward.sizes == [y.numel()] or dist.get_world_size() == 1
         assert not any("cat" in name for name in forward.functions), forward.functions
