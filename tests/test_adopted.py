@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ if __name__ == "__main__":
 
 from rtp_wrap import Gather, Ignore, Replicate, RotatedTensorParallel, ShardingPolicy
 from tests.parity import compare_gradients, compare_weights, full, mean_square, sgd
-from tests.ranks import device, in_turns, multi_world_sizes, run_ranks
+from tests.ranks import all_world_sizes, device, multi_world_sizes, run_ranks
 
 SHARDED = ShardingPolicy(replicate_below=0)
 POLICIES = {
@@ -27,7 +28,10 @@ POLICIES = {
     "gathered": ShardingPolicy(rules={"*": Gather()}),
     "replicated": ShardingPolicy(rules={"*": Replicate()}),
 }
-every_policy = in_turns("policy", POLICIES)
+
+
+def every_policy(test: Callable[..., None]) -> Any:
+    return all_world_sizes(pytest.mark.parametrize("policy", POLICIES)(test))
 
 
 class Model(nn.Module):

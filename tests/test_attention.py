@@ -40,7 +40,6 @@ from tests.ranks import (
     WORLD_SIZES,
     all_world_sizes,
     device,
-    in_turns,
     multi_world_sizes,
     run_ranks,
 )
@@ -242,7 +241,8 @@ CASES: dict[str, list[Options]] = {
 }  # fmt: skip
 
 
-@in_turns("cases", CASES)
+@all_world_sizes
+@pytest.mark.parametrize("cases", CASES)
 def test_every_option_trains_as_in_the_dense_layer(world_size: int, cases: str) -> None:
     run_ranks(world_size, _train_all, CASES[cases])
 

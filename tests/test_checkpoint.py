@@ -32,7 +32,7 @@ if __name__ == "__main__":
 
 from rtp_wrap import Gather, Replicate, RotatedTensorParallel, ShardingPolicy
 from tests.parity import check_parity, compare_gradients, full, mean_square
-from tests.ranks import all_world_sizes, device, in_turns, multi_world_sizes, run_ranks
+from tests.ranks import all_world_sizes, device, multi_world_sizes, run_ranks
 
 SHARDED = ShardingPolicy(replicate_below=0)
 POLICIES = {
@@ -133,7 +133,8 @@ def _check_checkpointed(call: str) -> None:
         check_parity(lambda: Lambdas(CALLS[call]), batch, steps=2, policy=POLICIES[name])
 
 
-@in_turns("call", CALLS)
+@all_world_sizes
+@pytest.mark.parametrize("call", CALLS)
 def test_checkpointed_blocks_train_like_the_dense_ones(world_size: int, call: str) -> None:
     run_ranks(world_size, _check_checkpointed, call)
 
@@ -208,7 +209,8 @@ def _check_wrappers(implementation: str) -> None:
             torch.testing.assert_close(full(parameter.grad), expected)
 
 
-@in_turns("implementation", ["REENTRANT", "NO_REENTRANT"])
+@all_world_sizes
+@pytest.mark.parametrize("implementation", ["REENTRANT", "NO_REENTRANT"])
 def test_torchs_checkpoint_wrapper_works_before_and_after_wrapping(
     world_size: int, implementation: str
 ) -> None:

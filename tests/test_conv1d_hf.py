@@ -32,7 +32,7 @@ from rtp_wrap.modules import rotation_dim
 from rtp_wrap.modules.linear import RotatedConv1D
 from tests.families import HAS_TRANSFORMERS
 from tests.parity import check_parity
-from tests.ranks import WORLD_SIZES, all_world_sizes, device, in_turns, run_ranks
+from tests.ranks import WORLD_SIZES, all_world_sizes, device, run_ranks
 from tests.rotated import TINY, dims
 
 LIBRARY = "transformers.pytorch_utils"
@@ -107,7 +107,8 @@ def _train_stand_in(**options: Any) -> None:
         _train(Conv1D, **options)
 
 
-@in_turns("inplace", [False, True])
+@all_world_sizes
+@pytest.mark.parametrize("inplace", [False, True])
 @dims
 def test_training_is_that_of_the_dense_model(world_size: int, dim: int, inplace: bool) -> None:
     for sizes, staging_bytes in (((7, 10), None), ((3, 2), None), ((150, 11), TINY)):
@@ -181,7 +182,8 @@ def _train_library(dim: int, inplace: bool) -> None:
 
 
 @needs_library
-@in_turns("dim", (0, 1))
+@all_world_sizes
+@pytest.mark.parametrize("dim", (0, 1))
 def test_the_librarys_layer_trains_like_the_dense_one(world_size: int, dim: int) -> None:
     for inplace in (False, True):
         run_ranks(world_size, _train_library, dim, inplace)

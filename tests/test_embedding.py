@@ -42,7 +42,6 @@ from tests.ranks import (
     WORLD_SIZES,
     all_world_sizes,
     device,
-    in_turns,
     multi_world_sizes,
     run_ranks,
 )
@@ -172,7 +171,8 @@ def _check_embeddings(dim: int, inplace: bool) -> None:
         _check(layer, lambda rank, kind=kind: (kind(rank),), dim=dim)
 
 
-@in_turns("inplace", [False, True])
+@all_world_sizes
+@pytest.mark.parametrize("inplace", [False, True])
 @dims
 def test_sizes_options_and_inputs_of_an_embedding(world_size: int, dim: int, inplace: bool) -> None:
     run_ranks(world_size, _check_embeddings, dim, inplace)
@@ -241,7 +241,8 @@ def _check_bags(dim: int) -> None:
         _check(layer, arguments, dim=dim)
 
 
-@in_turns("dim", [0, 1])
+@all_world_sizes
+@pytest.mark.parametrize("dim", [0, 1])
 def test_modes_options_and_inputs_of_a_bag(world_size: int, dim: int) -> None:
     run_ranks(world_size, _check_bags, dim)
 
@@ -385,7 +386,8 @@ MODELS: list[tuple[type[nn.Module], dict[Any, Any], dict[str, Any]]] = [
 ]
 
 
-@in_turns("index", range(len(MODELS)))
+@all_world_sizes
+@pytest.mark.parametrize("index", range(len(MODELS)))
 def test_training_is_that_of_the_dense_model(world_size: int, index: int) -> None:
     run_ranks(world_size, _train, *MODELS[index])
 

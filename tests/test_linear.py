@@ -34,7 +34,6 @@ from tests.ranks import (
     WORLD_SIZES,
     all_world_sizes,
     device,
-    in_turns,
     multi_world_sizes,
     run_ranks,
 )
@@ -201,13 +200,15 @@ def _check_mean_of_gradients(
             torch.testing.assert_close(full(parameter.grad), expected, **FP64)
 
 
-@in_turns("kind", INPUTS)
+@all_world_sizes
+@pytest.mark.parametrize("kind", INPUTS)
 @dims
 def test_an_input_may_be(world_size: int, dim: int, kind: str) -> None:
     run_ranks(world_size, _check_mean_of_gradients, kind, dim=dim)
 
 
-@in_turns("frozen", [(), ("weight",), ("bias",), ("weight", "bias")])
+@all_world_sizes
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("bias",), ("weight", "bias")])
 @modes
 @pytest.mark.parametrize("needs_dx", [True, False], ids=["dx", "no dx"])
 def test_only_what_requires_gradients_gets_them(
@@ -424,7 +425,8 @@ LOW_PRECISION = {
 }
 
 
-@in_turns("name", LOW_PRECISION)
+@all_world_sizes
+@pytest.mark.parametrize("name", LOW_PRECISION)
 @dims
 def test_low_precision_is_as_precise_as_in_the_dense_layer(
     world_size: int, dim: int, name: str

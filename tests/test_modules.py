@@ -37,7 +37,6 @@ from tests.ranks import (
     THOROUGH,
     all_world_sizes,
     device,
-    in_turns,
     multi_world_sizes,
     run_ranks,
 )
@@ -621,7 +620,8 @@ def _check_evaluation(wrapped: RotatedTensorParallel, batch: Batch) -> None:
             torch.testing.assert_close(wrapped(*arguments), expected, **FP64)
 
 
-@in_turns("name", ZOO)
+@all_world_sizes
+@pytest.mark.parametrize("name", ZOO)
 def test_every_module_trains_like_the_dense_one(world_size: int, name: str) -> None:
     run_ranks(world_size, _check_exhibit, name)
 

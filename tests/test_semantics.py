@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from rtp_wrap import Gather, Replicate, Rotate, RotatedTensorParallel, ShardingPolicy
 from rtp_wrap.shard import extent
 from tests.parity import FP64, check_parity, compare_gradients, compare_weights, full, sgd
-from tests.ranks import all_world_sizes, device, in_turns, multi_world_sizes, run_ranks
+from tests.ranks import all_world_sizes, device, multi_world_sizes, run_ranks
 from tests.rotated import by_ring
 
 #: Everything sharded, uneven sizes included: 7 and 10 do not divide by 2, 3 and 4.
@@ -274,7 +274,8 @@ def _check_cases(names: list[str]) -> None:
             raise AssertionError(f"case {name!r}") from error
 
 
-@in_turns("group", sorted({name.split(",")[0] for name in CASES}))
+@all_world_sizes
+@pytest.mark.parametrize("group", sorted({name.split(",")[0] for name in CASES}))
 def test_every_way_of_training_gives_the_dense_results(world_size: int, group: str) -> None:
     run_ranks(world_size, _check_cases, [name for name in CASES if name.split(",")[0] == group])
 

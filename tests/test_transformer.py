@@ -29,7 +29,7 @@ from rtp_wrap import Gather, Replicate, Rotate, RotatedTensorParallel, ShardingP
 from rtp_wrap.modules.attention import RotatedMultiheadAttention
 from rtp_wrap.modules.linear import RotatedLinear
 from tests.parity import FP64, check_parity, compare_gradients, full, mean_square, sgd
-from tests.ranks import DEVICE_TYPE, all_world_sizes, device, in_turns, multi_world_sizes, run_ranks
+from tests.ranks import DEVICE_TYPE, all_world_sizes, device, multi_world_sizes, run_ranks
 from tests.rotated import events
 
 ROTATE = ShardingPolicy(replicate_below=0)
@@ -125,7 +125,8 @@ def _train(kind: str, batch_first: bool, norm_first: bool) -> None:
     _all_rotate(wrapped)
 
 
-@in_turns("kind", ["encoder", "decoder", "encoder and decoder"])
+@all_world_sizes
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "encoder and decoder"])
 def test_torchs_transformers_train_as_the_dense_ones(world_size: int, kind: str) -> None:
     run_ranks(world_size, _train, kind, batch_first=True, norm_first=False)
     run_ranks(world_size, _train, kind, batch_first=False, norm_first=True)
@@ -320,7 +321,8 @@ def test_a_gpt_trains_as_the_dense_one(world_size: int) -> None:
     run_ranks(world_size, _train_gpt, "no")
 
 
-@in_turns("checkpointing", ["reentrant", "non-reentrant"])
+@all_world_sizes
+@pytest.mark.parametrize("checkpointing", ["reentrant", "non-reentrant"])
 def test_its_blocks_may_be_checkpointed(world_size: int, checkpointing: str) -> None:
     run_ranks(world_size, _train_gpt, checkpointing, inplace=checkpointing == "reentrant")
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, TypeVar, overload
 
 import pytest
@@ -42,7 +42,6 @@ __all__ = [
     "RankError",
     "all_world_sizes",
     "device",
-    "in_turns",
     "multi_world_sizes",
     "replace_ranks",
     "run_ranks",
@@ -54,21 +53,6 @@ multi_world_sizes = pytest.mark.parametrize("world_size", [n for n in WORLD_SIZE
 
 #: All sizes for all cases take minutes; RTP_TEST_EXAMPLES=10, as for hypothesis, has the patience.
 THOROUGH = float(os.environ.get("RTP_TEST_EXAMPLES", "1")) > 1
-
-
-def in_turns(name: str, cases: Iterable[Any]) -> pytest.MarkDecorator:
-    """Parametrize by ``world_size`` and ``name``, each case at every other size only.
-
-    For cases whose subject has nothing to do with the number of ranks. Where there are few sizes
-    (on GPUs, launched) every case runs at all of them.
-    """
-    every = 1 if THOROUGH or len(WORLD_SIZES) < 3 else 2
-    pairs = [
-        pytest.param(size, case, id=f"{size}-{getattr(case, '__name__', case)}")
-        for index, case in enumerate(cases)
-        for size in WORLD_SIZES[index % every :: every]
-    ]
-    return pytest.mark.parametrize(("world_size", name), pairs)
 
 
 _T = TypeVar("_T")
