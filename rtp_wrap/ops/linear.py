@@ -245,7 +245,9 @@ def linear_forward(
     def product(tile: Tile, values: torch.Tensor) -> None:
         matrix = layout.matrix(values)
         if layout.is_one and tile.shape == weight.shape:
-            ys.wholes[0] = functional.linear(xs[0], matrix, bias)
+            y = functional.linear(xs[0], matrix, bias)
+            # With a bias and more dimensions than two it is a view, of what nobody else has.
+            ys.wholes[0] = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
             return
         outs, ins = layout.features(tile)
         for index, section, part in layout.sections(outs):
