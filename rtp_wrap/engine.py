@@ -54,10 +54,11 @@ def hooks_are_disabled() -> bool:
 def only_accumulates(tensor: torch.Tensor, accumulator: Any) -> bool:
     """Whether the backward that runs adds the gradient of ``tensor`` to ``.grad``, unseen.
 
-    Not where it is no leaf, or where its hooks or ``torch.autograd.grad`` take the gradient.
-    ``accumulator`` is the node that adds; hooks of that node are not found.
+    Not where it is no leaf, or was frozen since; where its hooks or ``torch.autograd.grad`` take
+    the gradient; or where anomaly mode looks for NaNs in what nodes return. ``accumulator`` is the
+    node that adds; hooks of that node are not found.
     """
-    if not tensor.is_leaf:
+    if not (tensor.is_leaf and tensor.requires_grad) or torch.is_anomaly_enabled():
         return False
     if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
         return False

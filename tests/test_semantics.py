@@ -190,6 +190,16 @@ def into_chosen_leaves(model: Any, x: torch.Tensor) -> None:
     loss.backward()
 
 
+def freezing_between(model: Any, x: torch.Tensor) -> None:
+    """Autograd goes by what a weight is when its gradient comes."""
+    loss = mean_square(model(x))
+    model.mid.weight.requires_grad_(False)
+    loss.backward(retain_graph=True)
+    assert model.mid.weight.grad is None
+    model.mid.weight.requires_grad_(True)
+    loss.backward()
+
+
 def with_input_gradient(model: nn.Module, x: torch.Tensor) -> None:
     x = x.clone().requires_grad_()
     y = model(x)
@@ -250,6 +260,7 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen, mixed": {"pass_": plain, "prepare": freeze_some, "policy": MIXED},
     "frozen first": {"pass_": plain, "prepare": freeze_first, "inplace": True},
     "frozen, checkpointed": {"pass_": checkpointed, "prepare": freeze_first},
+    "frozen between": {"pass_": freezing_between},
     "retain_graph": {"pass_": retaining},
     "retain_graph, mixed": {"pass_": retaining, "policy": MIXED},
     "autograd.grad": {"pass_": by_autograd_grad},
