@@ -70,10 +70,10 @@ class _Arrivals:
     """
 
     def __init__(self) -> None:
-        self._coming: deque[tuple[DTensor, Gradient]] = deque()
+        self._coming: deque[tuple[DTensor, Gradient, torch.Tensor | None]] = deque()
 
     def put(self, parameter: DTensor, gradient: Gradient) -> None:
-        self._coming.append((parameter, gradient))
+        self._coming.append((parameter, gradient, parameter.grad))
         if len(self._coming) > SITES_BETWEEN:
             _accumulate(*self._coming.popleft())
 
@@ -84,15 +84,27 @@ class _Arrivals:
                 _accumulate(*self._coming.popleft())
 
 
-def _accumulate(parameter: DTensor, gradient: Gradient) -> None:
-    """Add to ``.grad``, in place as autograd does."""
+def _accumulate(parameter: DTensor, gradient: Gradient, before: torch.Tensor | None) -> None:
+    """Add to ``.grad``, in place as autograd does where that was there ``before``.
+
+    Autograd's node comes after all sites of its parameter. What it has put there since may lie in
+    the memory of another gradient: it cannot tell of DTensors, as it can of plain tensors.
+    """
     value, present = gradient.wait(), parameter.grad
-    if present is None:
-        parameter.grad = value
-    elif isinstance(present, DTensor) and present.placements == value.placements:
-        present._local_tensor.add_(value._local_tensor)
+    if present is not None and present is before:
+        _add(present, value)
+        return
+    if present is not None:
+        _add(value, present)
+    parameter.grad = value
+
+
+def _add(total: torch.Tensor, part: torch.Tensor) -> None:
+    both_are = isinstance(total, DTensor) and isinstance(part, DTensor)
+    if both_are and total.placements == part.placements:
+        total._local_tensor.add_(part._local_tensor)
     else:
-        present.add_(value)
+        total.add_(part)
 
 
 class _Running(threading.local):

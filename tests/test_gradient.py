@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.func import functional_call
 
 from rtp_wrap import Gather, RotatedTensorParallel, ShardingPolicy
@@ -297,6 +297,29 @@ def _gradients_that_are_there() -> None:
 @multi_world_sizes
 def test_gradients_are_added_to_those_that_are_there(world_size: int) -> None:
     run_ranks(world_size, _gradients_that_are_there)
+
+
+def _alike() -> None:
+    """Two weights' gradients of a penalty are one tensor, which is only what each of them gains."""
+    torch.manual_seed(0)
+    dense = Chain(SITES_BETWEEN + 3).to(device(), torch.float64)
+    policy = ShardingPolicy(replicate_below=0, transport="peer")
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
+    batch = torch.randn(dist.get_world_size(), 2, WIDTH).to(device(), torch.float64)
+    for model, x in ((dense, batch.flatten(0, 1)), (wrapped, batch[dist.get_rank()])):
+        loss = mean_square(model(x))  # first, so that autograd comes to the penalty first
+        # Of this rank's own parts: each is a DTensor's, and what they share cannot be seen there.
+        first, *_, last = (
+            weight.to_local() if isinstance(weight, DTensor) else weight
+            for weight in model.parameters()
+        )
+        (loss + (first + last).square().sum()).backward()
+    compare_gradients(dense, wrapped)
+
+
+@multi_world_sizes
+def test_gradients_that_share_memory_are_not_added_to(world_size: int) -> None:
+    run_ranks(world_size, _alike)
 
 
 def _weights_of_others() -> None:
