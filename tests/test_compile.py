@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 if __name__ == "__main__":
@@ -332,6 +333,21 @@ def checkpointed_reentrant(model: nn.Module, x: torch.Tensor) -> None:
     mean_square(y).backward()
 
 
+def of_two_weights(model: nn.Module, x: torch.Tensor) -> None:
+    """Each backward has the weights of its own forward, also where those are others' by then."""
+    inner: Any = getattr(model, "module", model)
+    named = inner.blocks.named_parameters(prefix="blocks")
+    doubled = {fqn: weight * 2 for fqn, weight in named if weight.dim() == 2}
+    first, second = functional_call(inner, doubled, x), model(x)
+    (mean_square(first) + mean_square(second)).backward()
+    with torch.no_grad():
+        others = {fqn: weight * 3 for fqn, weight in doubled.items()}
+    loss = mean_square(model(x))
+    with torch.no_grad():
+        functional_call(inner, others, x)
+    loss.backward()
+
+
 PASSES: tuple[Pass, ...] = (
     evaluating_between,  # inference is the first call of all
     accumulating,
@@ -340,6 +356,7 @@ PASSES: tuple[Pass, ...] = (
     of_the_input_first,
     checkpointed,
     checkpointed_reentrant,
+    of_two_weights,
 )
 
 

@@ -49,9 +49,12 @@ class RotatedLinear(Rotated):
     def _capture(self, adoption: Adoption, order: Order) -> dict[str, Any]:
         captured = super()._capture(adoption, order)
         if adoption.ring.world_size > 1:
-            if "_layer" not in vars(self):
-                vars(self)["_layer"] = CapturedLinear(adoption.ring, self.site, self._transposed)
-            captured["inputs"] = vars(self)["_layer"].inputs(self.home("weight"), order)
+            weight, layer = self.home("weight"), vars(self).get("_layer")
+            # Another weight (functional_call) is another layer's: backwards to come have theirs.
+            if layer is None or not layer.is_of(weight):
+                layer = CapturedLinear(adoption.ring, self.site, self._transposed)
+                vars(self)["_layer"] = layer
+            captured["inputs"] = layer.inputs(weight, order)
         return captured
 
 

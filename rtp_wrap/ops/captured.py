@@ -36,7 +36,10 @@ _layers: WeakValueDictionary[int, CapturedLinear] = WeakValueDictionary()
 
 
 class CapturedLinear:
-    """A rotated linear layer as operators know it; its module's, for the module's whole life."""
+    """A rotated linear layer as operators know it: its module's, as long as that has one weight.
+
+    Then that of forwards whose backward is to come: the node of the weight keeps it.
+    """
 
     def __init__(self, ring: Ring, fqn: str, transposed: bool) -> None:
         self.ring, self.fqn, self.transposed = ring, fqn, transposed
@@ -55,6 +58,10 @@ class CapturedLinear:
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy of the module is another layer."""
         return CapturedLinear, (self.ring, self.fqn, self.transposed)
+
+    def is_of(self, weight: DTensor) -> bool:
+        """Whether it can be the layer of a call with ``weight``."""
+        return self.weight is None or self.weight is weight
 
     def inputs(self, weight: DTensor, order: Order) -> LinearInputs:
         """What one call of the layer is in a graph; made outside of it."""
@@ -302,6 +309,7 @@ def _layer(number: torch.Tensor) -> CapturedLinear:
     if layer is None:
         raise RuntimeError(
             "a compiled module ran, or its backward, when the wrapped model that it is part of "
-            "was gone already: keep the model until the backward is done"
+            "was gone already, or its frozen weights were others: keep them until the backward is "
+            "done"
         )
     return layer
