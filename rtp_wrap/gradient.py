@@ -100,9 +100,9 @@ def _accumulate(parameter: DTensor, gradient: Gradient, before: torch.Tensor | N
 
 
 def _add(total: torch.Tensor, part: torch.Tensor) -> None:
-    both_are = isinstance(total, DTensor) and isinstance(part, DTensor)
-    if both_are and total.placements == part.placements:
-        total._local_tensor.add_(part._local_tensor)
+    dtensors = isinstance(total, DTensor) and isinstance(part, DTensor)
+    if dtensors and total.placements == part.placements:  # type: ignore[attr-defined]
+        total._local_tensor.add_(part._local_tensor)  # type: ignore[attr-defined]
     else:
         total.add_(part)
 

@@ -244,10 +244,9 @@ def linear_forward(
 
     def product(tile: Tile, values: torch.Tensor) -> None:
         matrix = layout.matrix(values)
-        if layout.is_one and tile.shape == weight.shape:
-            y = functional.linear(xs[0], matrix, bias)
-            # With a bias and more dimensions than two it is a view, of what nobody else has.
-            ys.wholes[0] = torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+        # With a bias and more dimensions than two torch's result is a view.
+        if layout.is_one and tile.shape == weight.shape and (bias is None or xs[0].dim() == 2):
+            ys.wholes[0] = functional.linear(xs[0], matrix, bias)
             return
         outs, ins = layout.features(tile)
         for index, section, part in layout.sections(outs):
