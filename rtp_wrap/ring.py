@@ -24,7 +24,6 @@ from torch.optim.optimizer import (
 
 from rtp_wrap import assigned
 from rtp_wrap.anomaly import let_anomalies_be_detected
-from rtp_wrap.engine import is_transformed
 from rtp_wrap.lockstep import Lockstep
 from rtp_wrap.policy import MixedPrecisionPolicy
 from rtp_wrap.streams import current_stream
@@ -149,13 +148,6 @@ class Ring:
 
     def begin_forward(self, fqn: str) -> None:
         """An outermost forward begins, that of ``fqn``; another one must not be under way."""
-        if self.world_size > 1 and is_transformed():
-            raise RuntimeError(
-                f"{fqn or 'the model'} was called inside a transform of torch.func (vmap, grad, "
-                f"jvp, ...), which cannot follow weights from rank to rank. Use loss.backward() or "
-                f"torch.autograd.grad(), and a loop in the place of vmap; or leave layers out of "
-                f"the wrapping by Ignore() in the policy, and call those"
-            )
         if not self._forward.acquire(blocking=False):
             raise RuntimeError(
                 f"{fqn or 'the model'} was called while another thread is in a forward of the same "

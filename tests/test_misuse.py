@@ -91,10 +91,15 @@ def test_a_parameter_that_was_replaced_is_named(world_size: int) -> None:
 def _check_transforms() -> None:
     model = _wrap()
     expected = model(_x()).shape
-    with pytest.raises(RuntimeError, match=r"^the model was called inside a transform of torch"):
+    refused = r"^rotated.weight: a transform of torch.func \(vmap, grad, jvp"
+    with pytest.raises(RuntimeError, match=refused):
         torch.func.vmap(model)(_x()[None])
-    with pytest.raises(RuntimeError, match=r"^rotated was called inside a transform of torch"):
+    with pytest.raises(RuntimeError, match=refused):
         torch.func.grad(lambda x: model.rotated(x).sum())(_x())
+    inside = model.register_forward_pre_hook(lambda _, x: torch.func.vmap(model.rotated)(*x))
+    with pytest.raises(RuntimeError, match=refused):
+        model(_x()[None])
+    inside.remove()
     assert model(_x()).shape == expected
 
 

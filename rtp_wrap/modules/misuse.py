@@ -41,6 +41,16 @@ def check_in_place(parameter: Any, fqn: str) -> DTensor:
     )
 
 
+def refuse_transforms(fqn: str, ring: Ring) -> None:
+    """Raise: a transform of ``torch.func`` is at work where the weight ``fqn`` rotates."""
+    raise RuntimeError(
+        f"{fqn}: a transform of torch.func (vmap, grad, jvp, ...) cannot follow a weight around "
+        f"{ring.world_size} ranks. Use loss.backward() or torch.autograd.grad(), and a loop in the "
+        f"place of vmap; or leave the layer out of the rotation by Ignore() or Replicate() in the "
+        f"policy"
+    )
+
+
 def check_new_parameter(fqn: str, ring: Ring) -> None:
     """Raise: a plain parameter is to be registered in a module that was adopted already."""
     raise RuntimeError(
