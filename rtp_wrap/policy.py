@@ -162,18 +162,20 @@ class MixedPrecisionPolicy:
     reduce_dtype: torch.dtype | None = None
     output_dtype: torch.dtype | None = None
     cast_forward_inputs: bool = True
-    #: Whether inputs or outputs are cast at all.
-    casts: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        cast_inputs = self.param_dtype is not None and self.cast_forward_inputs
-        object.__setattr__(self, "casts", cast_inputs or self.output_dtype is not None)
         for name in ("param_dtype", "reduce_dtype", "output_dtype"):
             dtype = getattr(self, name)
             if dtype is not None and not isinstance(dtype, torch.dtype):
                 raise TypeError(f"{name}={dtype!r} is no torch.dtype")
             if dtype is not None and not dtype.is_floating_point:
                 raise ValueError(f"{name}={dtype}: give a floating-point dtype")
+
+    @property
+    def casts(self) -> bool:
+        """Whether inputs or outputs are cast at all."""
+        inputs = self.param_dtype is not None and self.cast_forward_inputs
+        return inputs or self.output_dtype is not None
 
     @classmethod
     def of(cls, policy: object) -> MixedPrecisionPolicy:
