@@ -244,9 +244,13 @@ def linear_forward(
 
     def product(tile: Tile, values: torch.Tensor) -> None:
         matrix = layout.matrix(values)
-        # With a bias and more dimensions than two torch's result is a view.
-        if layout.is_one and tile.shape == weight.shape and (bias is None or xs[0].dim() == 2):
-            ys.wholes[0] = functional.linear(xs[0], matrix, bias)
+        if layout.is_one and tile.shape == weight.shape:
+            if bias is None or xs[0].dim() == 2:
+                y = functional.linear(xs[0], matrix, bias)
+            else:  # torch's result is a view
+                y = xs[0].new_empty(*xs[0].shape[:-1], len(bias))
+                torch.addmm(bias, flat(xs[0]), matrix.t(), out=flat(y))
+            ys.wholes[0] = y
             return
         outs, ins = layout.features(tile)
         for index, section, part in layout.sections(outs):
