@@ -39,7 +39,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -58,44 +58,14 @@ from rtp_wrap.transport.cells import (
     published_cells,
     slots,
 )
-from rtp_wrap.transport.foresight import Context, Foresight, Visit, Visited
+from rtp_wrap.transport.fetched import Expected, Fetched
+from rtp_wrap.transport.foresight import Foresight, Visit, Visited
 from rtp_wrap.transport.lane import Events, Lane
 from rtp_wrap.transport.mean import put_mean
 
 #: So many cells are fetched together, if they are small. More would only be fetched in vain where
 #: something else comes than was expected.
 _TOGETHER = 4
-
-
-class _Expected(NamedTuple):
-    """A cell that comes, and how its visit is known."""
-
-    visit: Visit
-    weight: Visited
-    position: int
-    context: Context
-
-    @property
-    def cell(self) -> Cell:
-        return self.visit.cells[self.position]
-
-
-class _Fetched(NamedTuple):
-    """A cell that is there, or on its way: with the exchange of this number."""
-
-    what: _Expected
-    number: int
-    versions: tuple[int, int]
-    tiles: Tiles
-    come: torch.cuda.Event | None
-
-    def is_of(self, visit: Visit, index: int) -> bool:
-        return self.what.visit is visit and self.what.position == index
-
-    @property
-    def is_outdated(self) -> bool:
-        """Whether its weight was written since."""
-        return self.versions != self.what.weight.versions
 
 
 class PeerTransport:
@@ -143,7 +113,7 @@ class PeerTransport:
         starts = [memory.of(owner).data_ptr() for owner in range(memory.world_size)]
         self._addresses = torch.tensor(starts, dtype=torch.int64, device=device)
         self._foresight = Foresight()
-        self._ahead: deque[_Fetched] = deque()
+        self._ahead: deque[Fetched] = deque()
         #: The exchange that brought the tiles in use.
         self._in_use = -1
         #: How many there were.
@@ -247,11 +217,11 @@ class PeerTransport:
         if index + 1 == len(visit.cells):
             self._look_ahead(now)
 
-    def _expected(self, visit: Visit, index: int) -> _Expected:
+    def _expected(self, visit: Visit, index: int) -> Expected:
         """What has come."""
         weight = visit.weight
         assert weight is not None
-        return _Expected(visit, weight, index, self._foresight.context)
+        return Expected(visit, weight, index, self._foresight.context)
 
     def _come_to(self, visit: Visit, index: int) -> bool:
         """This cell is next; whether it is the first since an outermost forward began."""
@@ -263,7 +233,7 @@ class PeerTransport:
             self._foresight.visit(visit)
         return begun
 
-    def _use(self, now: _Fetched) -> None:
+    def _use(self, now: Fetched) -> None:
         """The computation goes on with what an exchange brought, and is done with what was before.
 
         So another one can be fetched.
@@ -272,7 +242,7 @@ class PeerTransport:
         if now.come is not None and self._computation is not None:
             now.come.wait(self._computation)
 
-    def _look_ahead(self, now: _Fetched) -> None:
+    def _look_ahead(self, now: Fetched) -> None:
         """Fetch what is expected behind ``now``, an exchange for every slot but the one in use."""
         while self._overlap and self._weights.number < now.number + self._slots.weights - 1:
             upcoming = self._upcoming((self._ahead[-1] if self._ahead else now).what)
@@ -291,9 +261,9 @@ class PeerTransport:
                 come.wait(self._computation)
             self._ahead.clear()
 
-    def _upcoming(self, last: _Expected) -> list[_Expected]:
+    def _upcoming(self, last: Expected) -> list[Expected]:
         """What is expected after ``last``: as many cells as fit a slot together."""
-        upcoming: list[_Expected] = []
+        upcoming: list[Expected] = []
         nbytes = 0
         while len(upcoming) < _TOGETHER:
             if last.position + 1 < len(last.visit.cells):
@@ -302,14 +272,14 @@ class PeerTransport:
                 visit = self._foresight.after(last.context)
                 if visit is None or visit.reads or (weight := visit.weight) is None:
                     break
-                last = _Expected(visit, weight, 0, (last.context[1], visit))
+                last = Expected(visit, weight, 0, (last.context[1], visit))
             nbytes += last.cell.nbytes
             if nbytes > self._room:
                 break
             upcoming.append(last)
         return upcoming
 
-    def _fetch(self, cells: Sequence[_Expected]) -> None:
+    def _fetch(self, cells: Sequence[Expected]) -> None:
         """Publish this rank's tiles of cells, and pull those of the others, in one exchange.
 
         With overlap they take the place of exchanges before the last but one. The computation has
@@ -332,7 +302,7 @@ class PeerTransport:
             come = self._exchange(lane, [weights.pulls for _, weights in placed])
         for each, weights in placed:
             versions = each.weight.versions
-            self._ahead.append(_Fetched(each, number, versions, weights.consumed, come))
+            self._ahead.append(Fetched(each, number, versions, weights.consumed, come))
 
     def _exchange(
         self, lane: Lane, pulls: Sequence[Any], after: torch.cuda.Event | None = None
