@@ -47,7 +47,7 @@ class Gather:
 
 @dataclass(frozen=True, slots=True)
 class Replicate:
-    """Keep all of it on every rank; gradients are averaged, one collective per forward."""
+    """Keep all of it on every rank; gradients are averaged, all of one forward together."""
 
 
 @dataclass(frozen=True, slots=True)
