@@ -54,8 +54,9 @@ class Replicate:
 class Ignore:
     """Leave the parameter as it is: not moved, not sharded, its gradient not averaged.
 
-    It stays a plain tensor, so ``clip_grad_norm_`` and fused optimizers, which refuse a list
-    that mixes plain tensors with DTensors, need it in a call and a parameter group of its own.
+    It stays a plain tensor, so ``clip_grad_norm_`` and optimizers with ``fused=True`` or
+    ``foreach=True``, which refuse a list that mixes plain tensors with DTensors, need it in a call
+    and a parameter group of its own.
     """
 
 
