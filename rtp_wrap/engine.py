@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Function = torch.autograd.Function
 else:
     #: That one without looking for ``torch.func`` transforms in every call, which takes the host
-    #: some microseconds. They are refused where a forward begins.
+    #: some microseconds. They are refused where a layer takes its home shard.
     Function = _SingleLevelFunction
 
 #: The number of the backward that runs in this thread, the innermost; -1 for none.

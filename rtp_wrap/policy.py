@@ -47,15 +47,16 @@ class Gather:
 
 @dataclass(frozen=True, slots=True)
 class Replicate:
-    """Keep all of it on every rank; gradients are averaged, one collective per forward."""
+    """Keep all of it on every rank; gradients are averaged, all of one forward together."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ignore:
     """Leave the parameter as it is: not moved, not sharded, its gradient not averaged.
 
-    It stays a plain tensor, so ``clip_grad_norm_`` and fused optimizers, which refuse a list
-    that mixes plain tensors with DTensors, need it in a call and a parameter group of its own.
+    It stays a plain tensor, so ``clip_grad_norm_`` and optimizers with ``fused=True`` or
+    ``foreach=True``, which refuse a list that mixes plain tensors with DTensors, need it in a call
+    and a parameter group of its own.
     """
 
 

@@ -112,7 +112,6 @@ class Ring:
         else:
             self.staging = Staging(staging_bytes, self.device)
             self.transport = PointToPoint(self.group)
-        self.no_gradient = torch.empty(0, dtype=torch.float32, device=self.device)
 
     @property
     def transport_name(self) -> str:

@@ -18,7 +18,6 @@ from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.attention import RotatedMultiheadAttention, can_rotate
 from rtp_wrap.modules.conv import RotatedConv, RotatedConvTranspose
 from rtp_wrap.modules.embedding import RotatedEmbedding, RotatedEmbeddingBag, refuse_max_norm
-from rtp_wrap.modules.frame import Frame
 from rtp_wrap.modules.linear import RotatedConv1D, RotatedLinear
 from rtp_wrap.modules.norm import AdoptedNorm, has_own_statistics, precision_of
 from rtp_wrap.modules.recurrent import AdoptedRecurrent, is_recurrent
@@ -29,7 +28,6 @@ from rtp_wrap.policy import Rotate, Strategy
 __all__ = [
     "Adopted",
     "Adoption",
-    "Frame",
     "Rotated",
     "add_forward_method",
     "adopt",

@@ -46,8 +46,7 @@ def refuse_transforms(fqn: str, ring: Ring) -> None:
     raise RuntimeError(
         f"{fqn}: a transform of torch.func (vmap, grad, jvp, ...) cannot follow a weight around "
         f"{ring.world_size} ranks. Use loss.backward() or torch.autograd.grad(), and a loop in the "
-        f"place of vmap; or leave the layer out of the rotation by Ignore() or Replicate() in the "
-        f"policy"
+        f"place of vmap; Ignore() in the policy leaves a layer's parameters out"
     )
 
 

@@ -84,7 +84,7 @@ class CapturedLinear:
         return self.weight
 
     def put(self, gradient: Gradient) -> None:
-        """A gradient of the weight was found."""
+        """A gradient of the weight was found: it goes to ``.grad``, or waits for the node."""
         assert self.weight is not None
         if accumulates(self.weight, self._accumulator, gradient):
             return
@@ -149,7 +149,7 @@ class _CapturedWeight(Function):
         # Also found where an operator compares versions, unless the forward was computed again
         # for the backward, and after the write.
         ctx.its = layer, WriteCheck(weight, layer.fqn, layer.ring)
-        return torch.empty_like(layer.ring.no_gradient)
+        return torch.empty(0, dtype=torch.float32, device=layer.ring.device)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor | None, None]:
@@ -277,7 +277,7 @@ def _backward(
     features: int,
     needs_dx: bool,
 ) -> torch.Tensor:
-    """``dx``, of ``features``, or empty; ``dW`` is left in the layer if there is ``x``."""
+    """``dx``, of ``features``, or empty; the layer is given ``dW`` if there is ``x``."""
     its = _layer(layer)
     weight = its.weight
     assert weight is not None
