@@ -172,12 +172,6 @@ class MixedPrecisionPolicy:
             if dtype is not None and not dtype.is_floating_point:
                 raise ValueError(f"{name}={dtype}: give a floating-point dtype")
 
-    @property
-    def casts(self) -> bool:
-        """Whether inputs or outputs are cast at all."""
-        inputs = self.param_dtype is not None and self.cast_forward_inputs
-        return inputs or self.output_dtype is not None
-
     @classmethod
     def of(cls, policy: object) -> MixedPrecisionPolicy:
         """The policy itself, the same of FSDP2's class, or for ``None`` the default one."""

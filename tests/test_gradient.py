@@ -6,6 +6,7 @@ import functools
 import gc
 import itertools
 import weakref
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 from unittest.mock import patch
@@ -34,6 +35,18 @@ class Chain(nn.Sequential):
 
     def __init__(self, depth: int) -> None:
         super().__init__(*[nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(depth)])
+
+
+def _pair(
+    build: Callable[[], nn.Module], transport: str = "peer"
+) -> tuple[Any, RotatedTensorParallel, torch.Tensor]:
+    """A model, the same wrapped, and a batch ``[ranks, 2, WIDTH]``, alike on all ranks."""
+    torch.manual_seed(0)
+    dense = build().to(device(), torch.float64)
+    policy = ShardingPolicy(replicate_below=0, transport=transport)
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
+    batch = torch.randn(dist.get_world_size(), 2, WIDTH).to(device(), torch.float64)
+    return dense, wrapped, batch
 
 
 def _present_in_backwards() -> list[list[int]]:
@@ -86,11 +99,7 @@ def test_ranks_take_gradients_in_one_order(world_size: int) -> None:
 
 def _nested(transport: str) -> None:
     """A hook has another loss's gradients while those of weights are on their way."""
-    torch.manual_seed(0)
-    dense = Chain(SITES_BETWEEN + 3).to(device(), torch.float64)
-    policy = ShardingPolicy(replicate_below=0, transport=transport)
-    wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
-    batch = torch.randn(dist.get_world_size(), 2, WIDTH).to(device(), torch.float64)
+    dense, wrapped, batch = _pair(lambda: Chain(SITES_BETWEEN + 3), transport)
     for model, x in ((dense, batch.flatten(0, 1)), (wrapped, batch[dist.get_rank()])):
         layers = list(model.children()) if model is dense else list(wrapped.module.children())  # type: ignore[operator]
         outputs: list[torch.Tensor] = []
@@ -120,11 +129,7 @@ def test_a_backward_within_a_backward_has_gradients_of_its_own(
 
 def _complete_when_it_returns() -> None:
     """A hook runs another backward, and has its gradients then."""
-    torch.manual_seed(0)
-    dense = nn.ModuleList([Chain(2), Chain(2)]).to(device(), torch.float64)
-    policy = ShardingPolicy(replicate_below=0, transport="peer")
-    wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
-    batch = torch.randn(dist.get_world_size(), 2, WIDTH).to(device(), torch.float64)
+    dense, wrapped, batch = _pair(lambda: nn.ModuleList([Chain(2), Chain(2)]))
     mean_square(dense[1](batch.flatten(0, 1))).backward()
     x = batch[dist.get_rank()]
     outer, inner = wrapped.module.children()  # type: ignore[operator]
@@ -222,14 +227,10 @@ def _triple(parameter: torch.Tensor) -> None:
 
 def _uses_of_hooks() -> None:
     """What hooks see and do is right on the stream that they run on."""
-    torch.manual_seed(0)
-    dense = Chain(3).to(device(), torch.float64)
-    policy = ShardingPolicy(replicate_below=0, transport="peer")
-    wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
+    dense, wrapped, batch = _pair(lambda: Chain(3))
     for parameter in itertools.chain(dense.parameters(), wrapped.parameters()):
         parameter.register_hook(lambda gradient: gradient * 2)
         parameter.register_post_accumulate_grad_hook(_triple)
-    batch = torch.randn(dist.get_world_size(), 2, WIDTH).to(device(), torch.float64)
     with patch.object(peer, "put_mean", functools.partial(_put_late, peer.put_mean)):
         mean_square(dense(batch.flatten(0, 1))).backward()
         mean_square(wrapped(batch[dist.get_rank()])).backward()
@@ -243,10 +244,7 @@ def test_hooks_have_the_gradient(world_size: int) -> None:
 
 def _hooks_and_a_penalty() -> None:
     """A hook that steps has the whole gradient, once, whatever else there is of it."""
-    torch.manual_seed(0)
-    dense = Chain(3).to(device(), torch.float64)
-    policy = ShardingPolicy(replicate_below=0, transport="peer")
-    wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
+    dense, wrapped, batch = _pair(lambda: Chain(3))
     stepped: list[int] = []
 
     def step(parameter: torch.Tensor) -> None:
@@ -257,7 +255,6 @@ def _hooks_and_a_penalty() -> None:
 
     for parameter in itertools.chain(dense.parameters(), wrapped.parameters()):
         parameter.register_post_accumulate_grad_hook(step)
-    batch = torch.randn(dist.get_world_size(), 2, WIDTH).to(device(), torch.float64)
     for model, x in ((dense, batch.flatten(0, 1)), (wrapped, batch[dist.get_rank()])):
         (mean_square(model(x)) + _penalty(model)).backward()
     compare_weights(dense, wrapped)
@@ -271,11 +268,7 @@ def test_hooks_that_step_are_called_once(world_size: int) -> None:
 
 def _gradients_that_are_there() -> None:
     """Gradients are added in place, as autograd does, to what the user has put there, too."""
-    torch.manual_seed(0)
-    dense = Chain(3).to(device(), torch.float64)
-    policy = ShardingPolicy(replicate_below=0, transport="peer")
-    wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
-    batch = torch.randn(dist.get_world_size(), 2, WIDTH).to(device(), torch.float64)
+    dense, wrapped, batch = _pair(lambda: Chain(3))
     pairs = list(zip(dense.parameters(), wrapped.parameters(), strict=True))
     there: list[Any] = []
     for (whole, weight), other in zip(pairs, (None, [Shard(0)], [Replicate()]), strict=True):
@@ -301,11 +294,7 @@ def test_gradients_are_added_to_those_that_are_there(world_size: int) -> None:
 
 def _alike() -> None:
     """Two weights' gradients of a penalty are one tensor, which is only what each of them gains."""
-    torch.manual_seed(0)
-    dense = Chain(SITES_BETWEEN + 3).to(device(), torch.float64)
-    policy = ShardingPolicy(replicate_below=0, transport="peer")
-    wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
-    batch = torch.randn(dist.get_world_size(), 2, WIDTH).to(device(), torch.float64)
+    dense, wrapped, batch = _pair(lambda: Chain(SITES_BETWEEN + 3))
     for model, x in ((dense, batch.flatten(0, 1)), (wrapped, batch[dist.get_rank()])):
         loss = mean_square(model(x))  # first, so that autograd comes to the penalty first
         # Of this rank's own parts: each is a DTensor's, and what they share cannot be seen there.

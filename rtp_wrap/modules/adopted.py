@@ -262,7 +262,7 @@ def _with_casts(method: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(self: Adopted, *args: Any, **kwargs: Any) -> Any:
         adoption = self._adoption
-        if adoption is None or not adoption.ring.precision.casts:
+        if adoption is None:
             return method(self, *args, **kwargs)
         precision = adoption.ring.precision
         args, kwargs = cast_inputs((args, kwargs), precision)

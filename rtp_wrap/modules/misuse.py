@@ -12,6 +12,7 @@ from torch._functorch import config as partitioning
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap import assigned
+from rtp_wrap.engine import is_transformed
 from rtp_wrap.policy import Rotate
 from rtp_wrap.ring import Ring
 from rtp_wrap.transport.room import staging_for, tile_itemsize
@@ -41,13 +42,14 @@ def check_in_place(parameter: Any, fqn: str) -> DTensor:
     )
 
 
-def refuse_transforms(fqn: str, ring: Ring) -> None:
-    """Raise: a transform of ``torch.func`` is at work where the weight ``fqn`` rotates."""
-    raise RuntimeError(
-        f"{fqn}: a transform of torch.func (vmap, grad, jvp, ...) cannot follow a weight around "
-        f"{ring.world_size} ranks. Use loss.backward() or torch.autograd.grad(), and a loop in the "
-        f"place of vmap; Ignore() in the policy leaves a layer's parameters out"
-    )
+def check_untransformed(fqn: str, ring: Ring) -> None:
+    """Raise if a transform of ``torch.func`` is at work where the weight ``fqn`` rotates."""
+    if is_transformed():
+        raise RuntimeError(
+            f"{fqn}: a transform of torch.func (vmap, grad, jvp, ...) cannot follow a weight "
+            f"around {ring.world_size} ranks. Use loss.backward() or torch.autograd.grad(), and a "
+            f"loop in the place of vmap; Ignore() in the policy leaves a layer's parameters out"
+        )
 
 
 def check_new_parameter(fqn: str, ring: Ring) -> None:

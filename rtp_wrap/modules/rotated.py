@@ -6,9 +6,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.engine import is_transformed
 from rtp_wrap.modules.adopted import Adopted
-from rtp_wrap.modules.misuse import check_in_place, refuse_transforms
+from rtp_wrap.modules.misuse import check_in_place, check_untransformed
 from rtp_wrap.policy import Rotate
 
 
@@ -28,9 +27,9 @@ class Rotated(Adopted):
     def home(self, name: str) -> DTensor:
         """The home shard of a parameter, where the attribute would be the whole."""
         assert self._adoption is not None
-        if is_transformed():
-            refuse_transforms(self._adoption.name(name), self._adoption.ring)
-        return check_in_place(self._parameters.get(name), self._adoption.name(name))
+        fqn = self._adoption.name(name)
+        check_untransformed(fqn, self._adoption.ring)
+        return check_in_place(self._parameters.get(name), fqn)
 
     @property
     def site(self) -> str:

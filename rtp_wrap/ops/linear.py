@@ -205,6 +205,15 @@ class _Sums:
         self.wholes: list[torch.Tensor | None] = [None] * len(likes)
         self._begun: set[tuple[int, int]] = set()
 
+    def begin(self, index: int) -> torch.Tensor:
+        """One, as ``[T, features]``, to be written to."""
+        whole = self.wholes[index]
+        if whole is None:
+            like = self._likes[index]
+            whole = like.new_empty(*like.shape[:-1], self._features[index])
+            self.wholes[index] = whole
+        return flat(whole)
+
     def add(
         self,
         index: int,
@@ -214,12 +223,7 @@ class _Sums:
         b: torch.Tensor,
     ) -> None:
         """Add ``a @ b`` in ``columns``, to ``start`` where there is nothing yet."""
-        whole = self.wholes[index]
-        if whole is None:
-            like = self._likes[index]
-            whole = like.new_empty(*like.shape[:-1], self._features[index])
-            self.wholes[index] = whole
-        out = flat(whole)[:, columns]
+        out = self.begin(index)[:, columns]
         key = index, columns.start
         _add_product(out if key in self._begun else start, a, b, out=out)
         self._begun.add(key)
@@ -246,11 +250,9 @@ def linear_forward(
         matrix = layout.matrix(values)
         if layout.is_one and tile.shape == weight.shape:
             if bias is None or xs[0].dim() == 2:
-                y = functional.linear(xs[0], matrix, bias)
+                ys.wholes[0] = functional.linear(xs[0], matrix, bias)
             else:  # torch's result is a view
-                y = xs[0].new_empty(*xs[0].shape[:-1], len(bias))
-                torch.addmm(bias, flat(xs[0]), matrix.t(), out=flat(y))
-            ys.wholes[0] = y
+                _add_product(bias, flat(xs[0]), matrix.t(), out=ys.begin(0))
             return
         outs, ins = layout.features(tile)
         for index, section, part in layout.sections(outs):

@@ -6,6 +6,8 @@ layer or of the next one, as far as the host is ahead of the device.
 
 from __future__ import annotations
 
+from types import TracebackType
+
 import torch
 from torch.distributed.tensor import DTensor
 
@@ -17,27 +19,19 @@ from rtp_wrap.transport.peer import PeerTransport
 
 def forward(ring: Ring, event: str, weight: DTensor, dtype: torch.dtype, product: Product) -> None:
     """``rotate_forward``."""
-    peers, begun = _begin(ring, event)
-    try:
+    with _Pulls(ring, event) as peers:
         visit = peers.visit(event, weight, dtype)
         for index in range(len(visit.cells)):
             for tile, values in peers.pull(visit, index):
                 product(tile, values)
-    except BaseException as error:
-        _interrupt(ring, event, peers.barriers - begun, error)
-        raise
 
 
 def read(ring: Ring, event: str, weight: DTensor, dtype: torch.dtype, reader: Reader) -> None:
     """``rotate_forward`` of a weight sharded along its rows, with a ``reader``."""
-    peers, begun = _begin(ring, event)
-    try:
+    with _Pulls(ring, event) as peers:
         visit = peers.visit(event, weight, dtype, reads=True)
         for index in range(len(visit.cells)):
             peers.read(visit, index, reader)
-    except BaseException as error:
-        _interrupt(ring, event, peers.barriers - begun, error)
-        raise
 
 
 def backward(
@@ -51,8 +45,7 @@ def backward(
     """``rotate_backward``; parts of gradients are in ``dtype``, as what they are products of."""
     home = weight._local_tensor
     sums = ring.precision.accumulator_dtype(weight.dtype)
-    peers, begun = _begin(ring, event)
-    try:
+    with _Pulls(ring, event) as peers:
         dw = peers.gradient(home) if wgrad else None
         visit = peers.visit(event, weight, dtype)
         for index, cell in enumerate(visit.cells):
@@ -64,22 +57,31 @@ def backward(
                 for tile, part in parts.produced:
                     wgrad(tile, None, part, 1.0)
                 peers.average(cell, parts, dw, sums)
-    except BaseException as error:
-        _interrupt(ring, event, peers.barriers - begun, error)
-        raise
     return dw
 
 
-def _begin(ring: Ring, event: str) -> tuple[PeerTransport, int]:
-    """The peers at the beginning of a rotation, and how many exchanges they had before."""
-    peers = ring.peers
-    assert peers is not None
-    ring.begin(event)
-    return peers, peers.barriers
+class _Pulls:
+    """All pulls of one site in one direction of the pass; a context manager."""
 
+    def __init__(self, ring: Ring, event: str) -> None:
+        assert ring.peers is not None
+        self._peers: PeerTransport = ring.peers
+        self._ring, self._event = ring, event
+        self._begun = self._peers.barriers
 
-def _interrupt(ring: Ring, event: str, exchanges: int, error: BaseException) -> None:
-    """``error`` leaves a rotation after so many exchanges; raises another one if that says more."""
-    ring.interrupt(exchanges)
-    if isinstance(error, PeerError):
-        raise ring.not_answered(event, exchanges) from error
+    def __enter__(self) -> PeerTransport:
+        self._ring.begin(self._event)
+        return self._peers
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            return
+        done = self._peers.barriers - self._begun
+        self._ring.interrupt(done)
+        if isinstance(error, PeerError):
+            raise self._ring.not_answered(self._event, done) from error

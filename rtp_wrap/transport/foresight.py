@@ -51,12 +51,11 @@ class Visit:
     time.
     """
 
-    __slots__ = ("__weakref__", "_visited", "cells", "event", "followed", "itself", "reads")
+    __slots__ = ("__weakref__", "_visited", "cells", "event", "followed", "reads")
 
     def __init__(self, event: str, visited: Visited | None, cells: list[Cell], reads: bool) -> None:
         self.event, self.cells, self.reads = event, cells, reads
         self._visited = None if visited is None else weakref.ref(visited)
-        self.itself = weakref.ref(self)
         #: What came after it the last time, by what had come before it. Copies of a model come and
         #: go, so it keeps none of them.
         self.followed: weakref.WeakKeyDictionary[Visit, weakref.ref[Visit] | None]
@@ -98,9 +97,7 @@ class Foresight:
     def visit(self, now: Visit) -> None:
         """This is what came."""
         before, latest = self.context
-        follower = None if self._begun else now.itself
-        if follower is None or latest.followed.get(before) is not follower:
-            latest.followed[before] = follower
+        latest.followed[before] = None if self._begun else weakref.ref(now)
         self._begun = False
         self.context = latest, now
 
