@@ -81,8 +81,13 @@ def _order_of_hooks() -> list[int]:
     policy = ShardingPolicy(replicate_below=0, transport="peer")
     wrapped = RotatedTensorParallel(Chain(SITES_BETWEEN + 4).to(device()), policy=policy)
     seen: list[int] = []
+
+    def see(index: int, gradient: torch.Tensor) -> None:
+        assert gradient.shape == (WIDTH, WIDTH)
+        seen.append(index)
+
     for index, weight in enumerate(wrapped.parameters()):
-        weight.register_hook(lambda _, index=index: seen.append(index))  # type: ignore[misc]
+        weight.register_hook(functools.partial(see, index))
     other = torch.ones(1, requires_grad=True)
     for _ in range(5 * dist.get_rank()):  # ranks have made unlike numbers of nodes
         other = other * 1
