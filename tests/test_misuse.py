@@ -23,7 +23,7 @@ from tests.parity import FP64, compare_gradients, compare_weights, mean_square
 from tests.ranks import DEVICE_TYPE, all_world_sizes, device, multi_world_sizes, run_ranks
 
 #: Seconds. A mistake is an error at once, never a wait for ranks that do not come.
-LIMIT = 30.0
+LIMIT = 60.0
 POLICY = ShardingPolicy(rules={"gathered": Gather(), "ignored": Ignore()}, replicate_below=8)
 
 

@@ -7,15 +7,12 @@ them in the same step.
 
 from __future__ import annotations
 
-import importlib
-import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -33,6 +30,7 @@ from rtp_wrap.ops.lookup import Lookup
 from rtp_wrap.shard import TileGrid
 from rtp_wrap.transport.cells import Published
 from rtp_wrap.transport.peer import PeerTransport
+from tests.kernels import kernel, needs_triton
 from tests.parity import FP64, full, mean_square, sgd
 from tests.ranks import DEVICE_TYPE, device, multi_world_sizes, run_ranks
 
@@ -457,15 +455,6 @@ def test_a_captured_forward_looks_up_what_the_ids_are_by_then(world_size: int) -
 
 # The kernel, of which there is an interpreter for CPUs.
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
-
-
-@contextmanager
-def _kernel() -> Iterator[Any]:
-    interpret = {"TRITON_INTERPRET": "1"} if DEVICE_TYPE == "cpu" else {}
-    with patch.dict(os.environ, interpret):
-        yield importlib.import_module("rtp_wrap.ops.row_kernel").copy_rows
-
 
 def _copied(copy_rows: Any, table: torch.Tensor, grid: TileGrid, ids: torch.Tensor) -> torch.Tensor:
     """The rows of ``ids`` out of as many memories as the grid has owners, cell by cell."""
@@ -507,8 +496,8 @@ def test_the_kernel_copies_the_rows_of_a_cell(dtype: torch.dtype, shape: tuple[i
         torch.tensor([], dtype=torch.int64),
     ):
         ids = ids.to(DEVICE_TYPE)
-        with _kernel() as copy_rows:
-            assert torch.equal(_copied(copy_rows, table, grid, ids), table[ids])
+        with kernel("ops.row_kernel") as module:
+            assert torch.equal(_copied(module.copy_rows, table, grid, ids), table[ids])
 
 
 def _interpreted() -> int:
@@ -518,9 +507,9 @@ def _interpreted() -> int:
     def counted(*args: Any) -> None:
         nonlocal calls
         calls += 1
-        copy_rows(*args)
+        module.copy_rows(*args)
 
-    with _kernel() as copy_rows, patch.object(lookup, "_copier", lambda kind: counted):
+    with kernel("ops.row_kernel") as module, patch.object(lookup, "_copier", lambda kind: counted):
         for rows, cols in ((40, 6), (21, 3), (9, 40)):
             _check(rows, cols, [0, 2 * rows, 1, 3][: dist.get_world_size()])
     return calls

@@ -21,7 +21,7 @@ one bit for bit. Every tile looks at all T ids, and those outside of it read som
 used: shapes depend on no values, and a GPU's host waits for nothing.
 
 dtypes: tiles and ``y`` are in the ring's compute dtype of the weight; autocast leaves it alone, as
-it does ``F.embedding``. A rank's part of a gradient is summed in that dtype.
+it does ``F.embedding``. So is a rank's part of a gradient (see ``row_sums``).
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.engine import Function
 from rtp_wrap.gradient import Gradient, deliver
 from rtp_wrap.ops.lookup import Lookup
-from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.ops.rotate import rotate_backward, rotate_forward, without_autocast
+from rtp_wrap.ops.row_sums import RowSums
 from rtp_wrap.ring import Ring
-from rtp_wrap.shard import Tile
 from rtp_wrap.written import WriteCheck
 
 
@@ -145,19 +144,5 @@ def _backward(
     padding_idx: int | None,
     scale_grad_by_freq: bool,
 ) -> Gradient | None:
-    def wgrad(tile: Tile, start: torch.Tensor | None, out: torch.Tensor, scale: float) -> None:
-        if not len(ids):  # nothing to add, and no kernel to launch on nothing
-            out.zero_() if start is None else out.copy_(start)
-            return
-        n = tile.shape[0]
-        local = ids - tile.row
-        outside = (local < 0) | (local >= n)
-        if padding_idx is not None:
-            outside |= ids == padding_idx
-        # What is not wanted goes to one row more, which as a padding row costs no additions.
-        part = torch.ops.aten.embedding_dense_backward(
-            dy[:, tile.cols], local.masked_fill(outside, n), n + 1, n, scale_grad_by_freq
-        )
-        add_scaled(start, part[:n], scale, out=out)
-
-    return rotate_backward(ring, fqn, weight, dy.dtype, None, wgrad)
+    sums = RowSums(ids, dy, len(weight), padding_idx, scale_grad_by_freq)
+    return rotate_backward(ring, fqn, weight, dy.dtype, None, sums.wgrad)
