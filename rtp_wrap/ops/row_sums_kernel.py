@@ -53,7 +53,7 @@ def sum_rows(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row", "padding"])  # one kernel for all tiles of a table
 def _sum_rows(  # type: ignore[no-untyped-def]
     dy,
     order,
