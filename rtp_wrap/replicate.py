@@ -70,9 +70,9 @@ class _AverageGradients(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[DTensor | None, ...]:
         refuse_double_backward(ctx.fqns[0])
         ring: Ring = ctx.ring
-        for written in ctx.written:
-            written.check()
         used = [index for index, grad in enumerate(grads) if grad is not None]
+        for index in used:
+            ctx.written[index].check()
         # A rank that used others would average the wrong elements, and buffers of other sizes end a
         # process in Gloo and hang in NCCL. So ranks compare first, also where a rank used none.
         first = ctx.fqns[used[0]] if used else "none"

@@ -212,6 +212,7 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(_after_step)
 
 
+@torch.compiler.disable
 def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for parameter in _parameters(optimizer):
         if was_retired(parameter):
@@ -230,6 +231,7 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         ring.lockstep.verify("an optimizer step")
 
 
+@torch.compiler.disable
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     written = [p for p in _our_parameters(optimizer) if p.grad is not None]
     if written:

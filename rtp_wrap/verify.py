@@ -66,8 +66,15 @@ def check_uses(assignments: list[Assignment], world_size: int) -> None:
 def check_parameters(module: nn.Module, assignments: list[Assignment]) -> None:
     """Raise ``ValueError`` for what would stay behind with the parameters that wrapping replaces.
 
-    That is hooks, gradients, and references that are no registered names of the parameters.
+    That is hooks, gradients, and references that are no registered names of the parameters. And for
+    sparse buffers, which cannot be rank 0's everywhere.
     """
+    for fqn, buffer in module.named_buffers():
+        if buffer.layout != torch.strided:
+            raise ValueError(
+                f"{fqn} is a buffer of layout {buffer.layout}, which the ranks cannot have from "
+                f"rank 0: register its indices and values, or make it a plain attribute"
+            )
     managed = {each.parameter: each.fqn for each in assignments if each.home != Ignore()}
     for parameter, fqn in managed.items():
         if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:

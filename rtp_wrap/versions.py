@@ -6,5 +6,10 @@ from torch.distributed.tensor import DTensor
 
 
 def versions_of(parameter: DTensor) -> tuple[int, int]:
-    """In-place operations bump the version of the DTensor, direct ones that of its local tensor."""
+    """In-place operations bump the version of the DTensor, direct ones that of its local tensor.
+
+    Those of inference mode have none; what was made there is in no graph.
+    """
+    if parameter.is_inference():
+        return 0, 0
     return parameter._version, parameter._local_tensor._version

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -109,6 +110,7 @@ class RotatedTensorParallel(nn.Module):
     _ring: Ring
     _plan: Plan
 
+    @torch.inference_mode(False)  # outside of it nothing could write to what is made in it
     def __init__(
         self,
         module: nn.Module,

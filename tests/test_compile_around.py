@@ -170,3 +170,16 @@ def _check_threads() -> None:
 
 def test_a_second_thread_in_a_forward_is_an_error_there() -> None:
     run_ranks(2, _check_threads)
+
+
+def _check_export() -> None:
+    x = part(0, dist.get_rank())
+    dense, wrapped = pair(functools.partial(Model, Block, 1))
+    for model in (wrapped, wrapped.module):
+        with pytest.raises(RuntimeError, match="the model is wrapped, and its shards cannot be"):
+            torch.export.export(model, (x,))
+    train(dense, wrapped, steps=1)
+
+
+def test_an_export_is_refused() -> None:
+    run_ranks(2, _check_export)

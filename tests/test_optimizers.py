@@ -230,3 +230,29 @@ def test_an_inf_on_one_rank_makes_gradscaler_skip_on_all(world_size: int, where:
 @multi_world_sizes
 def test_lbfgs_gives_the_dense_weights(world_size: int) -> None:
     run_ranks(world_size, _lbfgs)
+
+
+def _compiled() -> None:
+    """The hooks around a step run, though a compiler traces it."""
+    dense, wrapped = _pair()
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1) for model in (dense, wrapped)]
+    steps: list[Any] = [torch.compile(each.step, backend="eager") for each in optimizers]
+    for step in range(2):
+        dense(whole_batch(step)).square().mean().backward()
+        wrapped(own_batch(step)).square().mean().backward()
+        for optimizer, take in zip(optimizers, steps, strict=True):
+            take()
+            optimizer.zero_grad()
+        compare_weights(dense, wrapped)
+    loss = wrapped(own_batch(0)).square().mean()
+    wrapped(own_batch(1)).square().mean().backward()
+    steps[1]()
+    with pytest.raises(RuntimeError, match="was written"):
+        loss.backward()
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Dynamo's, of what it leaves out of its graph
+@multi_world_sizes
+def test_a_compiled_step_is_a_step(world_size: int) -> None:
+    run_ranks(world_size, _compiled)

@@ -354,6 +354,25 @@ def test_one_rank_is_bit_exact() -> None:
     run_ranks(1, _exact)
 
 
+def _in_inference_mode() -> None:
+    """What is made in that mode can be written nowhere else, and has no versions."""
+    for policy in (ROTATE, None):
+        dense = Model().to(device()).eval()
+        x = torch.randn(4, 6, device=device())
+        with torch.inference_mode():
+            wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
+            first = wrapped(x)
+        output = wrapped(x)
+        torch.testing.assert_close(output, first.clone())
+        output.sum().backward()
+        torch.optim.SGD(wrapped.parameters(), lr=0.1).step()
+
+
+@all_world_sizes
+def test_a_model_may_be_wrapped_in_inference_mode(world_size: int) -> None:
+    run_ranks(world_size, _in_inference_mode)
+
+
 def _early_optimizer() -> None:
     model = Model().to(device())
     early = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -430,6 +449,9 @@ def _models_refused() -> None:
     second.weight = first.weight
     RotatedTensorParallel(first)
     refused(second, "weight is tied to a model that was wrapped before")
+    graph = nn.Sequential(nn.Linear(2, 2, device=device()))
+    graph[0].register_buffer("adjacency", torch.eye(2, device=device()).to_sparse())
+    refused(graph, r"0\.adjacency is a buffer of layout torch\.sparse_coo")
 
 
 @all_world_sizes

@@ -276,6 +276,12 @@ def _with_casts(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @torch.compiler.disable(reason="only blocks of a wrapped model can be compiled: block.compile()")
 def _call_uncompiled(module: Adopted, args: Any, kwargs: Any) -> Any:
+    if torch.compiler.is_exporting():  # which runs no compiler that this could be left out of
+        fqn = module._adoption.fqn if module._adoption else ""
+        raise RuntimeError(
+            f"{fqn or 'the model'} is wrapped, and its shards cannot be exported: export a dense "
+            f"model, into which a full state_dict() of the wrapped one was loaded"
+        )
     return module(*args, **kwargs)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,10 +18,29 @@ from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.misuse import check_in_place
 from rtp_wrap.policy import Replicate, Strategy
 from rtp_wrap.replicate import replicated
+from rtp_wrap.versions import versions_of
 
 #: A parameter as it reads in one autograd mode: a plain tensor made under ``no_grad`` must not be
 #: read where gradients are wanted, nor one of ``inference_mode`` outside it.
 _Key = tuple[int, bool, bool]
+
+
+class _Read(NamedTuple):
+    """What a parameter read as, and its versions then. It is kept, as its id is a key."""
+
+    parameter: DTensor
+    plain: torch.Tensor
+    versions: tuple[int, ...]
+
+    @classmethod
+    def now(cls, parameter: DTensor, plain: torch.Tensor) -> _Read:
+        return cls(parameter, plain, versions_of(parameter))
+
+    def is_current(self) -> bool:
+        """Whether it was not written since, by the forward of a module around this one say."""
+        return versions_of(self.parameter) == self.versions
+
+
 #: Where replicated parameters are, by the module that was called: whose they are, and their names.
 _places: weakref.WeakKeyDictionary[nn.Module, list[tuple[weakref.ref[nn.Module], str]]]
 _places = weakref.WeakKeyDictionary()
@@ -32,7 +51,8 @@ class Frame:
     """A context manager around the forward of one adopted module.
 
     Within it, gathered parameters read as whole plain tensors, made once per frame and gone with
-    it; replicated ones as plain tensors made once for the outermost frame's whole subtree.
+    it; replicated ones as plain tensors made once for the outermost frame's whole subtree. One that
+    was written since (a momentum encoder, say) is made anew.
     ``regather=False`` leaves what autograd saves of gathered weights to the hooks around.
     """
 
@@ -50,7 +70,7 @@ class Frame:
     def __init__(self, module: nn.Module, adoption: Adoption, regather: bool = True) -> None:
         self._module, self._adoption, self._regather = module, adoption, regather
         self._outermost = False
-        self._memo: dict[_Key, tuple[DTensor, torch.Tensor]] = {}
+        self._memo: dict[_Key, _Read] = {}
         self._gathered: list[Gathered] = []
         self._around: PackHooks | None = None
         self._hooks: saved_tensors_hooks | None = None
@@ -90,26 +110,28 @@ class Frame:
             ring.check_in_step()
 
     def gathered(self, parameter: DTensor, fqn: str, dtype: torch.dtype) -> torch.Tensor:
-        key = _key(parameter)
-        if key not in self._memo:
-            ring = self._adoption.ring
-            whole = gather(parameter, ring, fqn, dtype)
-            self._gathered.append(Gathered(parameter, whole, ring, fqn))
-            self._memo[key] = parameter, whole
-            self._install_hooks()
-        return self._memo[key][1]
+        known = self._memo.get(_key(parameter))
+        if known is not None and known.is_current():
+            return known.plain
+        ring = self._adoption.ring
+        whole = gather(parameter, ring, fqn, dtype)
+        self._gathered.append(Gathered(parameter, whole, ring, fqn))
+        self._memo[_key(parameter)] = _Read.now(parameter, whole)
+        self._install_hooks()
+        return whole
 
     def replicated(self, parameter: DTensor, fqn: str, dtype: torch.dtype) -> torch.Tensor:
         key = _key(parameter)
-        if key not in self._memo:
+        known = self._memo.get(key)
+        if known is None or not known.is_current():
             below = _replicas(self._module)
-            if not any(each is parameter for each, _ in below.values()):
+            if known is not None or all(each is not parameter for each, _ in below.values()):
                 below = {fqn: (parameter, dtype)}
             parameters, dtypes = zip(*below.values(), strict=True)
             plain = replicated(parameters, self._adoption.ring, list(below), dtypes)
             for each, tensor in zip(parameters, plain, strict=True):
-                self._memo[_key(each)] = each, tensor
-        return self._memo[key][1]
+                self._memo[_key(each)] = _Read.now(each, tensor)
+        return self._memo[key].plain
 
     def _install_hooks(self) -> None:
         """From the first gathered weight on, hooks see what autograd saves in this frame.

@@ -10,7 +10,7 @@ from torch import nn
 
 from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.frame import frame_of
-from rtp_wrap.modules.rotated import Rotated, rotates_weight
+from rtp_wrap.modules.rotated import Rotated, on_values, rotates_weight
 from rtp_wrap.ops import rotated_linear
 from rtp_wrap.ops.captured import CapturedLinear, Order, captured_linear
 
@@ -36,6 +36,8 @@ class RotatedLinear(Rotated):
             return super().forward(input)  # nothing to rotate: torch's own linear, bit for bit
         if self._captured is not None and torch.compiler.is_compiling():
             return captured_linear(input, self.bias, self._captured["inputs"])
+        if input.is_nested:
+            return on_values(self.forward, input, self.site)
         with frame_of(self, adoption):
             return rotated_linear(
                 input,

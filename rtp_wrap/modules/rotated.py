@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -49,6 +52,24 @@ class Rotated(Adopted):
             return super().extra_repr()
         kept = f"1/{self._adoption.ring.world_size} per rank"
         return ", ".join(filter(None, [super().extra_repr(), *rotations, kept]))
+
+
+def on_values(
+    forward: Callable[[torch.Tensor], torch.Tensor], nested: torch.Tensor, site: str
+) -> torch.Tensor:
+    """``forward`` of all rows of a jagged nested tensor at once, as a tensor nested like it."""
+    if nested.layout != torch.jagged:
+        raise TypeError(
+            f"{site}: a rotated layer takes nested tensors of layout torch.jagged only: make it "
+            f"one, or keep the layer's weight by Gather() in the policy"
+        )
+    jagged: Any = nested
+    return torch.nested.nested_tensor_from_jagged(
+        forward(jagged.values()),
+        jagged.offsets(),
+        jagged.lengths(),
+        jagged_dim=jagged._ragged_idx,
+    )
 
 
 def rotates_weight(
