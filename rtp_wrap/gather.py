@@ -23,6 +23,7 @@ from rtp_wrap.gradient import Gradient, deliver
 from rtp_wrap.profiling import profiler_range
 from rtp_wrap.ring import Ring
 from rtp_wrap.shard import extent, sharded_dim
+from rtp_wrap.versions import version_of
 from rtp_wrap.written import WriteCheck
 
 
@@ -230,14 +231,14 @@ class Gathered:
 
     def __init__(self, parameter: DTensor, whole: torch.Tensor, ring: Ring, fqn: str) -> None:
         self.parameter, self.whole, self.ring, self.fqn = parameter, whole, ring, fqn
-        self._address, self._version = whole.data_ptr(), _version(whole)
+        self._address, self._version = whole.data_ptr(), version_of(whole)
 
     def check_unwritten(self) -> None:
         """Raise if the module wrote to its weight: the write could not reach the home shards."""
         # Moving it (cuDNN puts the weights of an LSTM into one piece) is no write.
         if self.ring.world_size == 1 or self.whole.data_ptr() != self._address:
             return
-        if _version(self.whole) != self._version:
+        if version_of(self.whole) != self._version:
             raise RuntimeError(
                 f"{self.fqn} was written to by its module's forward (max_norm of an embedding does "
                 f"that), where it is a gathered copy: write to the parameter outside of forward, "
@@ -273,7 +274,7 @@ class Gathered:
         """Whether ``tensor`` is ``whole.to(another dtype)``: autocast makes such copies."""
         if tensor.shape != self.whole.shape or tensor.stride() != self.whole.stride():
             return False
-        if _version(tensor):  # written since, maybe under no_grad, where its node does not tell
+        if version_of(tensor):  # written since, maybe under no_grad, where its node does not tell
             return False
         node = tensor.grad_fn
         if node is not None:
@@ -299,7 +300,3 @@ def _offset(tensor: torch.Tensor, whole: torch.Tensor) -> int | None:
     if start < 0 or start + (reach + 1) * tensor.itemsize > whole.nbytes:
         return None
     return start // tensor.itemsize
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

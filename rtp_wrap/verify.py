@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from rtp_wrap.assign import Assignment
 from rtp_wrap.modules import Adopted, refuse_max_norm
@@ -27,6 +28,11 @@ def check_module(module: nn.Module) -> None:
         if isinstance(inner, Adopted) or "_ring" in vars(inner):
             raise ValueError(
                 f"{fqn or 'the model'} is wrapped already: wrap the outermost module, once"
+            )
+        if isinstance(inner, DistributedDataParallel):
+            raise ValueError(
+                f"{fqn or 'the model'} is a DistributedDataParallel, which averages gradients that "
+                f"are averaged here: wrap the module inside of it"
             )
     for fqn, parameter in module.named_parameters():
         if isinstance(parameter, DTensor):

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch.distributed.tensor import DTensor
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Of a plain tensor; those of inference mode have none, and are in no graph."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def versions_of(parameter: DTensor) -> tuple[int, int]:

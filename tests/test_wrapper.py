@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from rtp_wrap import Gather, OutOfStepError, Rotate, RotatedTensorParallel, ShardingPolicy
 from tests.parity import FP64, check_parity, full
@@ -438,6 +439,7 @@ def _models_refused() -> None:
         _unchanged(model, lambda: RotatedTensorParallel(model, policy=ROTATE), error, match)
 
     refused(RotatedTensorParallel(Model()), "the model is wrapped already")
+    refused(nn.Sequential(DistributedDataParallel(Model().to(device()))), "0 is a DistributedData")
     refused(nn.Sequential(nn.Linear(2, 2), RotatedTensorParallel(Model())), "1 is wrapped already")
     refused(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)), r"1\.weight has no shape yet")
     mesh = init_device_mesh(DEVICE_TYPE, (dist.get_world_size(),))

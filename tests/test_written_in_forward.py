@@ -147,3 +147,39 @@ def _normalises() -> None:
 @all_world_sizes
 def test_a_trained_weight_may_be_written_before_it_is_used(world_size: int) -> None:
     run_ranks(world_size, _normalises)
+
+
+class Counts(nn.Module):
+    """Writes a parameter by its name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = nn.Parameter(torch.ones(4), requires_grad=False)
+        self.shift = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.count.mul_(0.5)
+        return x * self.count + self.shift
+
+
+def _counts() -> None:
+    """A replicated parameter reads as itself, in its own dtype; a copy would lose the write."""
+    x = torch.ones(2, 4, device=device())
+    wrapped = RotatedTensorParallel(Counts().to(device()))
+    for turn in (1, 2):
+        assert (wrapped(x) == 0.5**turn).all()
+    assert (full(wrapped.get_parameter("count")) == 0.25).all()
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    cast = RotatedTensorParallel(Counts().to(device()), mixed_precision=precision)
+    for grad in (True, False):
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(RuntimeError, match=r"count was written to .* copy in torch\.bfloat16"),
+        ):
+            cast(x)
+
+
+@all_world_sizes
+def test_a_write_to_a_copy_is_an_error(world_size: int) -> None:
+    run_ranks(world_size, _counts)

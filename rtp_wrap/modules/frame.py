@@ -18,7 +18,7 @@ from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.misuse import check_in_place
 from rtp_wrap.policy import Replicate, Strategy
 from rtp_wrap.replicate import replicated
-from rtp_wrap.versions import versions_of
+from rtp_wrap.versions import version_of, versions_of
 
 #: A parameter as it reads in one autograd mode: a plain tensor made under ``no_grad`` must not be
 #: read where gradients are wanted, nor one of ``inference_mode`` outside it.
@@ -26,19 +26,35 @@ _Key = tuple[int, bool, bool]
 
 
 class _Read(NamedTuple):
-    """What a parameter read as, and its versions then. It is kept, as its id is a key."""
+    """What a parameter read as, and the versions of both. It is kept, as its id is a key."""
 
     parameter: DTensor
     plain: torch.Tensor
+    fqn: str
     versions: tuple[int, ...]
+    version: int
+    address: int
 
     @classmethod
-    def now(cls, parameter: DTensor, plain: torch.Tensor) -> _Read:
-        return cls(parameter, plain, versions_of(parameter))
+    def now(cls, parameter: DTensor, plain: torch.Tensor, fqn: str) -> _Read:
+        versions, version = versions_of(parameter), version_of(plain)
+        return cls(parameter, plain, fqn, versions, version, plain.data_ptr())
 
     def is_current(self) -> bool:
         """Whether it was not written since, by the forward of a module around this one say."""
         return versions_of(self.parameter) == self.versions
+
+    def check_unwritten(self) -> None:
+        """Raise if the module wrote to a copy, in another dtype, of a parameter."""
+        plain = self.plain
+        if plain.dtype == self.parameter.dtype or plain.data_ptr() != self.address:
+            return  # no copy; or cuDNN has put the weights of an LSTM into one piece
+        if version_of(plain) != self.version:
+            raise RuntimeError(
+                f"{self.fqn} was written to by its module's forward, where it is a copy in "
+                f"{plain.dtype} of a parameter in {self.parameter.dtype}: write to the parameter "
+                f"itself, as parameters() has it, make it a buffer, or Ignore() it in the policy"
+            )
 
 
 #: Where replicated parameters are, by the module that was called: whose they are, and their names.
@@ -99,13 +115,15 @@ class Frame:
         if self._hooks is not None:
             self._hooks.__exit__()
         if self._memo:
-            gathered = list(self._gathered)
+            gathered, reads = list(self._gathered), list(self._memo.values())
             # What autograd saved refers to the list, which must not keep whole weights alive.
             self._gathered.clear()
             self._memo.clear()
             if kind is None:
-                for each in gathered:
-                    each.check_unwritten()
+                for whole in gathered:
+                    whole.check_unwritten()
+                for read in reads:
+                    read.check_unwritten()
         if kind is None and self._outermost:
             ring.check_in_step()
 
@@ -116,7 +134,7 @@ class Frame:
         ring = self._adoption.ring
         whole = gather(parameter, ring, fqn, dtype)
         self._gathered.append(Gathered(parameter, whole, ring, fqn))
-        self._memo[_key(parameter)] = _Read.now(parameter, whole)
+        self._memo[_key(parameter)] = _Read.now(parameter, whole, fqn)
         self._install_hooks()
         return whole
 
@@ -129,8 +147,8 @@ class Frame:
                 below = {fqn: (parameter, dtype)}
             parameters, dtypes = zip(*below.values(), strict=True)
             plain = replicated(parameters, self._adoption.ring, list(below), dtypes)
-            for each, tensor in zip(parameters, plain, strict=True):
-                self._memo[_key(each)] = _Read.now(each, tensor)
+            for name, each, tensor in zip(below, parameters, plain, strict=True):
+                self._memo[_key(each)] = _Read.now(each, tensor, name)
         return self._memo[key].plain
 
     def _install_hooks(self) -> None:
