@@ -108,6 +108,22 @@ def test_transforms_of_torch_func_are_refused(world_size: int) -> None:
     run_ranks(world_size, _check_transforms, timeout=LIMIT)
 
 
+def _check_uncounted() -> None:
+    model, x = _wrap(), _x()
+    before, state = model(x), model.state_dict()
+    with torch.inference_mode():
+        model.load_state_dict({fqn: each.clone() for fqn, each in state.items()}, assign=True)
+        with pytest.raises(RuntimeError, match=r"^rotated.weight was made in inference mode"):
+            model(x)
+    model.load_state_dict(state, assign=True)
+    assert torch.equal(model(x), before)
+
+
+@multi_world_sizes
+def test_weights_of_inference_mode_are_named(world_size: int) -> None:
+    run_ranks(world_size, _check_uncounted, timeout=LIMIT)
+
+
 def _check_written() -> None:
     """What the error advises, each of it."""
     for fqn in ("rotated.weight", "rotated.bias", "gathered.weight", "norm.bias"):

@@ -52,6 +52,17 @@ def check_untransformed(fqn: str, ring: Ring) -> None:
         )
 
 
+def check_counts_writes(parameter: DTensor, fqn: str) -> DTensor:
+    """The parameter, of which a write would be seen: tiles may have been fetched before it."""
+    if parameter._local_tensor.is_inference():
+        raise RuntimeError(
+            f"{fqn} was made in inference mode, where torch counts no writes, and could be read as "
+            f"it was before one: do what put it there (load_state_dict(assign=True), a conversion) "
+            f"outside of torch.inference_mode()"
+        )
+    return parameter
+
+
 def check_new_parameter(fqn: str, ring: Ring) -> None:
     """Raise: a plain parameter is to be registered in a module that was adopted already."""
     raise RuntimeError(

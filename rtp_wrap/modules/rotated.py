@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.modules.adopted import Adopted
-from rtp_wrap.modules.misuse import check_in_place, check_untransformed
+from rtp_wrap.modules.misuse import check_counts_writes, check_in_place, check_untransformed
 from rtp_wrap.policy import Rotate
 
 
@@ -32,7 +32,7 @@ class Rotated(Adopted):
         assert self._adoption is not None
         fqn = self._adoption.name(name)
         check_untransformed(fqn, self._adoption.ring)
-        return check_in_place(self._parameters.get(name), fqn)
+        return check_counts_writes(check_in_place(self._parameters.get(name), fqn), fqn)
 
     @property
     def site(self) -> str:
