@@ -23,7 +23,7 @@ from rtp_wrap.gradient import Gradient, deliver
 from rtp_wrap.profiling import profiler_range
 from rtp_wrap.ring import Ring
 from rtp_wrap.shard import extent, sharded_dim
-from rtp_wrap.versions import version_of
+from rtp_wrap.versions import Stamp, version_of
 from rtp_wrap.written import WriteCheck
 
 
@@ -227,18 +227,16 @@ class Regathered:
 class Gathered:
     """A gathered parameter while its module computes."""
 
-    __slots__ = ("_address", "_version", "fqn", "parameter", "ring", "whole")
+    __slots__ = ("_stamp", "fqn", "parameter", "ring", "whole")
 
     def __init__(self, parameter: DTensor, whole: torch.Tensor, ring: Ring, fqn: str) -> None:
         self.parameter, self.whole, self.ring, self.fqn = parameter, whole, ring, fqn
-        self._address, self._version = whole.data_ptr(), version_of(whole)
+        self._stamp = Stamp.of(whole)
 
     def check_unwritten(self) -> None:
         """Raise if the module wrote to its weight: the write could not reach the home shards."""
-        # Moving it (cuDNN puts the weights of an LSTM into one piece) is no write.
-        if self.ring.world_size == 1 or self.whole.data_ptr() != self._address:
-            return
-        if version_of(self.whole) != self._version:
+        is_copy = self.ring.world_size > 1 or self.whole.dtype != self.parameter.dtype
+        if is_copy and self._stamp.was_written(self.whole):
             raise RuntimeError(
                 f"{self.fqn} was written to by its module's forward (max_norm of an embedding does "
                 f"that), where it is a gathered copy: write to the parameter outside of forward, "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -40,35 +39,6 @@ def _ways(way: str) -> Any:
         return patch.object(row_sums, "_kernel", lambda kind: None)
     with kernel("ops.row_sums_kernel") as module:
         return patch.object(row_sums, "_kernel", lambda kind: module.sum_rows)
-
-
-@dataclass
-class Table:
-    """A weight, as far as sums look at it; of several ranks unless it is ``alone``."""
-
-    rows: int
-    alone: bool = False
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size([self.rows])
-
-    def __len__(self) -> int:
-        return self.rows
-
-    @property
-    def _local_tensor(self) -> Table:
-        return self if self.alone else Table(0)
-
-
-def _sums(
-    ids: torch.Tensor,
-    dy: torch.Tensor,
-    table: Table,
-    padding: int | None = None,
-    by_freq: bool = False,
-) -> RowSums:
-    return RowSums(ids, dy, table, padding, by_freq)  # type: ignore[arg-type]
 
 
 ways = pytest.mark.parametrize("way", ["torch", pytest.param("kernel", marks=needs_triton)])
@@ -117,7 +87,7 @@ def test_every_tile_has_the_sums_of_its_rows(
             if by_freq:
                 expected /= torch.bincount(ids, minlength=11).clamp(min=1)[:, None].to(DEVICE_TYPE)
             given = ids.to(DEVICE_TYPE), dy.to(DEVICE_TYPE, dtype)
-            sums = _sums(*given, Table(11), padding, by_freq)
+            sums = RowSums(*given, 11, padding, by_freq)
             with _ways(way):
                 _check(sums, expected, grid, sums_dtype, rtol)
 
@@ -133,7 +103,7 @@ def test_gradients_may_have_any_strides(way: str) -> None:
         expected = torch.zeros(11, 6, dtype=torch.float64, device=DEVICE_TYPE)
         expected.index_add_(0, ids, dy)
         with _ways(way):
-            _check(_sums(ids, dy, Table(11)), expected, grid, torch.float64, 0.0)
+            _check(RowSums(ids, dy, 11, None, False), expected, grid, torch.float64, 0.0)
 
 
 @ways
@@ -143,22 +113,7 @@ def test_without_ids_there_is_nothing_to_add(way: str) -> None:
     expected = torch.zeros(11, 6, dtype=torch.float64, device=DEVICE_TYPE)
     grid = TileGrid((11, 6), 0, 2, 12)
     with _ways(way):
-        _check(_sums(ids, dy, Table(11)), expected, grid, torch.float64, 0.0)
-
-
-def test_a_table_of_one_rank_has_torchs_sums_bit_for_bit() -> None:
-    """Cut into tiles as well."""
-    ids = torch.tensor([3, 1, 3, 3, 0, 3], device=DEVICE_TYPE)
-    dy = torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE_TYPE)
-    dense = nn.Embedding(4, 5, device=DEVICE_TYPE)
-    dense(ids).backward(dy)
-    assert dense.weight.grad is not None
-    grid, sums = TileGrid((4, 5), 0, 1, 10), _sums(ids, dy, Table(4, alone=True))
-    with patch.object(row_sums, "_kernel", lambda kind: pytest.fail("it has sums of its own")):
-        for tile in (grid.tile(0, cell) for cell in grid.cells()):
-            out = torch.full(tile.shape, torch.nan, device=DEVICE_TYPE)
-            sums.wgrad(tile, None, out, 1.0)
-            assert torch.equal(out, dense.weight.grad[tile.rows, tile.cols])
+        _check(RowSums(ids, dy, 11, None, False), expected, grid, torch.float64, 0.0)
 
 
 def test_without_triton_there_is_no_kernel() -> None:

@@ -171,13 +171,16 @@ def _counts() -> None:
         assert (wrapped(x) == 0.5**turn).all()
     assert (full(wrapped.get_parameter("count")) == 0.25).all()
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    cast = RotatedTensorParallel(Counts().to(device()), mixed_precision=precision)
-    for grad in (True, False):
-        with (
-            torch.set_grad_enabled(grad),
-            pytest.raises(RuntimeError, match=r"count was written to .* copy in torch\.bfloat16"),
-        ):
-            cast(x)
+    for policy, copy in ((None, r"copy in torch\.bfloat16"), ({"*": Gather()}, "gathered copy")):
+        cast = RotatedTensorParallel(
+            Counts().to(device()), policy=policy, mixed_precision=precision
+        )
+        for grad in (True, False):
+            with (
+                torch.set_grad_enabled(grad),
+                pytest.raises(RuntimeError, match=rf"count was written to .* {copy}"),
+            ):
+                cast(x)
 
 
 @all_world_sizes

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rtp_wrap.modules.rotated import Rotated, on_values, rotates_weight
+from rtp_wrap.modules.rotated import Rotated, rotates_weight
 from rtp_wrap.ops import rotated_embedding
 
 
@@ -25,7 +25,7 @@ class RotatedEmbedding(Rotated):
         if adoption is None or adoption.ring.world_size == 1:
             return super().forward(input)
         if input.is_nested:
-            return on_values(self.forward, input, self.site)
+            return self._on_values(input)
         return rotated_embedding(
             input,
             self.home("weight"),

@@ -18,7 +18,7 @@ from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.misuse import check_in_place
 from rtp_wrap.policy import Replicate, Strategy
 from rtp_wrap.replicate import replicated
-from rtp_wrap.versions import version_of, versions_of
+from rtp_wrap.versions import Stamp, versions_of
 
 #: A parameter as it reads in one autograd mode: a plain tensor made under ``no_grad`` must not be
 #: read where gradients are wanted, nor one of ``inference_mode`` outside it.
@@ -26,34 +26,35 @@ _Key = tuple[int, bool, bool]
 
 
 class _Read(NamedTuple):
-    """What a parameter read as, and the versions of both. It is kept, as its id is a key."""
+    """What a parameter read as, and its versions then. It is kept, as its id is a key."""
 
     parameter: DTensor
     plain: torch.Tensor
-    fqn: str
-    versions: tuple[int, ...]
-    version: int
-    address: int
+    versions: tuple[int, int]
 
     @classmethod
-    def now(cls, parameter: DTensor, plain: torch.Tensor, fqn: str) -> _Read:
-        versions, version = versions_of(parameter), version_of(plain)
-        return cls(parameter, plain, fqn, versions, version, plain.data_ptr())
+    def now(cls, parameter: DTensor, plain: torch.Tensor) -> _Read:
+        return cls(parameter, plain, versions_of(parameter))
 
     def is_current(self) -> bool:
         """Whether it was not written since, by the forward of a module around this one say."""
         return versions_of(self.parameter) == self.versions
 
+
+class _Cast(NamedTuple):
+    """A replicated parameter's copy in another dtype."""
+
+    fqn: str
+    plain: torch.Tensor
+    stamp: Stamp
+
     def check_unwritten(self) -> None:
-        """Raise if the module wrote to a copy, in another dtype, of a parameter."""
-        plain = self.plain
-        if plain.dtype == self.parameter.dtype or plain.data_ptr() != self.address:
-            return  # no copy; or cuDNN has put the weights of an LSTM into one piece
-        if version_of(plain) != self.version:
+        """Raise if the module wrote to it: the write could not reach the parameter."""
+        if self.stamp.was_written(self.plain):
             raise RuntimeError(
                 f"{self.fqn} was written to by its module's forward, where it is a copy in "
-                f"{plain.dtype} of a parameter in {self.parameter.dtype}: write to the parameter "
-                f"itself, as parameters() has it, make it a buffer, or Ignore() it in the policy"
+                f"{self.plain.dtype}: write to the parameter itself, as parameters() has it, make "
+                f"it a buffer, or Ignore() it in the policy"
             )
 
 
@@ -75,6 +76,7 @@ class Frame:
     __slots__ = (
         "_adoption",
         "_around",
+        "_casts",
         "_gathered",
         "_hooks",
         "_memo",
@@ -88,6 +90,7 @@ class Frame:
         self._outermost = False
         self._memo: dict[_Key, _Read] = {}
         self._gathered: list[Gathered] = []
+        self._casts: list[_Cast] = []
         self._around: PackHooks | None = None
         self._hooks: saved_tensors_hooks | None = None
 
@@ -115,15 +118,14 @@ class Frame:
         if self._hooks is not None:
             self._hooks.__exit__()
         if self._memo:
-            gathered, reads = list(self._gathered), list(self._memo.values())
+            copies: list[Gathered | _Cast] = [*self._gathered, *self._casts]
             # What autograd saved refers to the list, which must not keep whole weights alive.
             self._gathered.clear()
+            self._casts.clear()
             self._memo.clear()
             if kind is None:
-                for whole in gathered:
-                    whole.check_unwritten()
-                for read in reads:
-                    read.check_unwritten()
+                for each in copies:
+                    each.check_unwritten()
         if kind is None and self._outermost:
             ring.check_in_step()
 
@@ -134,7 +136,7 @@ class Frame:
         ring = self._adoption.ring
         whole = gather(parameter, ring, fqn, dtype)
         self._gathered.append(Gathered(parameter, whole, ring, fqn))
-        self._memo[_key(parameter)] = _Read.now(parameter, whole, fqn)
+        self._memo[_key(parameter)] = _Read.now(parameter, whole)
         self._install_hooks()
         return whole
 
@@ -148,7 +150,9 @@ class Frame:
             parameters, dtypes = zip(*below.values(), strict=True)
             plain = replicated(parameters, self._adoption.ring, list(below), dtypes)
             for name, each, tensor in zip(below, parameters, plain, strict=True):
-                self._memo[_key(each)] = _Read.now(each, tensor, name)
+                self._memo[_key(each)] = _Read.now(each, tensor)
+                if tensor.dtype != each.dtype:
+                    self._casts.append(_Cast(name, tensor, Stamp.of(tensor)))
         return self._memo[key].plain
 
     def _install_hooks(self) -> None:

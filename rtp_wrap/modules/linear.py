@@ -10,7 +10,7 @@ from torch import nn
 
 from rtp_wrap.modules.adoption import Adoption
 from rtp_wrap.modules.frame import frame_of
-from rtp_wrap.modules.rotated import Rotated, on_values, rotates_weight
+from rtp_wrap.modules.rotated import Rotated, rotates_weight
 from rtp_wrap.ops import rotated_linear
 from rtp_wrap.ops.captured import CapturedLinear, Order, captured_linear
 
@@ -37,7 +37,7 @@ class RotatedLinear(Rotated):
         if self._captured is not None and torch.compiler.is_compiling():
             return captured_linear(input, self.bias, self._captured["inputs"])
         if input.is_nested:
-            return on_values(self.forward, input, self.site)
+            return self._on_values(input)
         with frame_of(self, adoption):
             return rotated_linear(
                 input,

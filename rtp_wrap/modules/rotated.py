@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +33,20 @@ class Rotated(Adopted):
         check_untransformed(fqn, self._adoption.ring)
         return check_counts_writes(check_in_place(self._parameters.get(name), fqn), fqn)
 
+    def _on_values(self, nested: Any) -> torch.Tensor:
+        """``forward`` of all rows of a jagged nested tensor at once, nested like it."""
+        if nested.layout != torch.jagged:
+            raise TypeError(
+                f"{self.site}: a rotated layer takes nested tensors of layout torch.jagged only: "
+                f"make it one, or keep the layer's weight by Gather() in the policy"
+            )
+        return torch.nested.nested_tensor_from_jagged(
+            self.forward(nested.values()),
+            nested.offsets(),
+            nested.lengths(),
+            jagged_dim=nested._ragged_idx,
+        )
+
     @property
     def site(self) -> str:
         """The layer's name in errors and events."""
@@ -52,24 +65,6 @@ class Rotated(Adopted):
             return super().extra_repr()
         kept = f"1/{self._adoption.ring.world_size} per rank"
         return ", ".join(filter(None, [super().extra_repr(), *rotations, kept]))
-
-
-def on_values(
-    forward: Callable[[torch.Tensor], torch.Tensor], nested: torch.Tensor, site: str
-) -> torch.Tensor:
-    """``forward`` of all rows of a jagged nested tensor at once, as a tensor nested like it."""
-    if nested.layout != torch.jagged:
-        raise TypeError(
-            f"{site}: a rotated layer takes nested tensors of layout torch.jagged only: make it "
-            f"one, or keep the layer's weight by Gather() in the policy"
-        )
-    jagged: Any = nested
-    return torch.nested.nested_tensor_from_jagged(
-        forward(jagged.values()),
-        jagged.offsets(),
-        jagged.lengths(),
-        jagged_dim=jagged._ragged_idx,
-    )
 
 
 def rotates_weight(

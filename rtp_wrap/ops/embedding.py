@@ -144,5 +144,5 @@ def _backward(
     padding_idx: int | None,
     scale_grad_by_freq: bool,
 ) -> Gradient | None:
-    sums = RowSums(ids, dy, weight, padding_idx, scale_grad_by_freq)
+    sums = RowSums(ids, dy, len(weight), padding_idx, scale_grad_by_freq)
     return rotate_backward(ring, fqn, weight, dy.dtype, None, sums.wgrad)

@@ -7,7 +7,7 @@
 On a GPU ids are sorted once, which brings equal ones together, and a kernel of ours sums their rows
 where the tile is to be. torch's own function sorts them for every tile, and makes a tile of its own
 first, with some thirty kernels: that took 0.5 ms a tile of 8192 ids and 4096 columns (H200). It is
-taken elsewhere, and where one rank has all of a table: there the result is torch's bit for bit.
+taken elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import functools
 from collections.abc import Callable
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from rtp_wrap.ops.products import add_scaled
 from rtp_wrap.shard import Tile
@@ -25,24 +24,17 @@ _SumRows = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, int, bool, t
 
 
 class RowSums:
-    """Of ``dy`` ``[T, D]`` over equal ``ids``, int32 or int64 ``[T]``, for the table ``weight``.
+    """Of ``dy`` ``[T, D]`` over equal ``ids``, int32 or int64 ``[T]``, for a table of ``rows``.
 
     Row ``padding_idx`` gets zero. ``by_freq`` divides a row by how often it is in ``ids``.
     """
 
     def __init__(
-        self,
-        ids: torch.Tensor,
-        dy: torch.Tensor,
-        weight: DTensor,
-        padding_idx: int | None,
-        by_freq: bool,
+        self, ids: torch.Tensor, dy: torch.Tensor, rows: int, padding_idx: int | None, by_freq: bool
     ) -> None:
-        self._ids, self._dy, self._rows = ids, dy, len(weight)
-        self._alone = weight._local_tensor.shape == weight.shape
+        self._ids, self._dy, self._rows = ids, dy, rows
         self._padding = -1 if padding_idx is None else padding_idx
         self._by_freq = by_freq
-        self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def wgrad(
         self, tile: Tile, start: torch.Tensor | None, out: torch.Tensor, scale: float
@@ -51,14 +43,14 @@ class RowSums:
         if not len(self._ids):  # nothing to add, and no kernel to launch on nothing
             out.zero_() if start is None else out.copy_(start)
             return
-        sum_rows = None if self._alone else _kernel(self._dy.device.type)
+        sum_rows = _kernel(self._dy.device.type)
         if sum_rows is None:
             add_scaled(start, self._by_torch(tile), scale, out=out)
             return
         direct = start is None and scale == 1 and out.dtype == self._dy.dtype
         part = out if direct else self._dy.new_empty(tile.shape)
         dy = self._dy[:, tile.cols]
-        sum_rows(dy, *self._order(), tile.row, self._padding, self._by_freq, part)
+        sum_rows(dy, *self._order, tile.row, self._padding, self._by_freq, part)
         if not direct:
             add_scaled(start, part, scale, out=out)
 
@@ -72,18 +64,17 @@ class RowSums:
         # What is not wanted goes to one row more, which as a padding row costs no additions.
         return backward(dy, local.masked_fill(outside, n), n + 1, n, self._by_freq)[:n]
 
+    @functools.cached_property
     def _order(self) -> tuple[torch.Tensor, torch.Tensor]:
         """By id: the positions in ``ids``; and where those of each row begin and end in them.
 
         int64 ``[T]`` and int32 ``[V + 1]``. Equal ids keep their order, so sums are the same again.
         """
-        if self._sorted is None:
-            # Half as many bits to sort by.
-            ids = self._ids.int() if self._rows < 2**31 else self._ids
-            ids, order = ids.sort(stable=True)
-            rows = torch.arange(self._rows + 1, dtype=ids.dtype, device=ids.device)
-            self._sorted = order, torch.searchsorted(ids, rows, out_int32=True)
-        return self._sorted
+        # Half as many bits to sort by.
+        ids = self._ids.int() if self._rows < 2**31 else self._ids
+        ids, order = ids.sort(stable=True)
+        rows = torch.arange(self._rows + 1, dtype=ids.dtype, device=ids.device)
+        return order, torch.searchsorted(ids, rows, out_int32=True)
 
 
 @functools.cache
