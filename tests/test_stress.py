@@ -157,8 +157,8 @@ def _check(staging_bytes: int | None, inplace: bool, share: float) -> int:
     return delays.count
 
 
-#: Seven slots for four tiles of 8 KiB each on a GPU, of 512 bytes else: a layer is several cells.
-SMALL = 7 * 4 * (8192 if ON_GPU else 512)
+#: Seven slots for four tiles of 32 KiB each on a GPU, of 512 bytes else: a layer is several cells.
+SMALL = 7 * 4 * (32768 if ON_GPU else 512)
 CASES = {
     "whole": (None, False, SHARE),
     "cut": (SMALL, False, SHARE / 4),  # of more places
