@@ -7,8 +7,7 @@ prediction uses nothing but shapes: home shards, their gradients and Adam's stat
 and what is alive at the moments that can be the peak:
 
     start of backward   what autograd saved in forward, the logits' gradient and the loss's
-    end of backward     all gradients; by hops that of one tile of the embedding as well, which is
-                        added then
+    end of backward     all gradients, and that of one tile of the embedding, which is added then
     optimizer           all gradients
 
 A short sequence makes the end of backward the peak, a long one its start. On CUDA the peak is
@@ -129,10 +128,8 @@ def predict(model: RotatedTensorParallel, shape: Shape) -> Prediction:
     home = sum(p.to_local().nbytes for p in model.parameters() if isinstance(p, DTensor))
     item = next(model.parameters()).itemsize
     logits = shape.tokens * shape.vocab * item
-    tile = 0
-    if model.transport == "ring":
-        shard = shape.vocab // dist.get_world_size() * shape.dim * item
-        tile = min(model.staging_bytes // 2, shard)
+    shard = shape.vocab // dist.get_world_size() * shape.dim * item
+    tile = min(model.staging_bytes // 2, shard)
     resting = 3 * home + model.staging_bytes
     return Prediction(
         resting=resting,
