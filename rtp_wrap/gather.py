@@ -213,6 +213,7 @@ class Regathered:
         ring, key = self._ring, (id(parameter), dtype)
         whose, wholes = ring.regathered or (None, {})
         if whose is not self or key not in wholes:
+            wholes, ring.regathered = {}, None  # before there are others
             wholes = {
                 (number, its_dtype): _whole(each, ring, "gather for backward", fqn, its_dtype)
                 for (number, its_dtype), (each, fqn) in self._saved.items()

@@ -105,6 +105,10 @@ def _add(total: torch.Tensor, part: torch.Tensor) -> None:
         total._local_tensor.add_(part._local_tensor)  # type: ignore[attr-defined]
     else:
         total.add_(part)
+    # It is the last that is heard of `part`, whose memory may be another stream's: that of forward.
+    read: torch.Tensor = getattr(part, "_local_tensor", part)
+    if read.is_cuda:
+        read.record_stream(torch.cuda.current_stream(read.device))
 
 
 class _Running(threading.local):

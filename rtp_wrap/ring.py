@@ -24,6 +24,7 @@ from torch.optim.optimizer import (
 
 from rtp_wrap import assigned
 from rtp_wrap.anomaly import let_anomalies_be_detected
+from rtp_wrap.engine import running_backward
 from rtp_wrap.lockstep import Lockstep
 from rtp_wrap.policy import MixedPrecisionPolicy
 from rtp_wrap.streams import current_stream
@@ -95,6 +96,7 @@ class Ring:
         self.sites: list[str] | None = None
         self.key = f"{self.group.group_name}/{next(_serial)}"
         self._interrupted = False
+        self._grad_enabled = True
         self._forward = threading.Lock()  # held while a forward runs
         self._stream: torch.cuda.Stream | None = None
         _rings[self.key] = self
@@ -155,6 +157,19 @@ class Ring:
             )
         if self.peers is not None:
             self.peers.begin_forward()
+
+    def note_grad_mode(self) -> None:
+        """A module is called.
+
+        If gradients were switched off or on since the one before, weights may have been written in
+        between by what torch does not count, a momentum encoder's say: what is fetched ahead is
+        fetched again.
+        """
+        enabled = torch.is_grad_enabled()
+        if enabled != self._grad_enabled:
+            self._grad_enabled = enabled
+            if self.peers is not None and running_backward() == -1:
+                self.peers.begin_forward()
 
     def end_forward(self) -> None:
         """An outermost forward is over."""

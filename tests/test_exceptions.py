@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -96,10 +97,12 @@ def _build() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 7))
 
 
-def _pair(**wrap: Any) -> tuple[nn.Module, RotatedTensorParallel]:
+def _pair(
+    policy: ShardingPolicy = ROTATE, **wrap: Any
+) -> tuple[nn.Module, RotatedTensorParallel]:
     torch.manual_seed(0)
     dense = _build().to(device(), torch.float64)
-    return dense, RotatedTensorParallel(deepcopy(dense), policy=ROTATE, **wrap)
+    return dense, RotatedTensorParallel(deepcopy(dense), policy=policy, **wrap)
 
 
 def _data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +139,33 @@ def _on_all_ranks() -> None:
 @multi_world_sizes
 def test_an_exception_on_all_ranks_is_followed_by_a_good_step(world_size: int) -> None:
     run_ranks(world_size, _on_all_ranks)
+
+
+def _at_different_places() -> None:
+    """Rank 0 raises before the parts of a cell have a place in the staging, the others after it."""
+    whole, own = _data()
+    # Seven slots, each of which any layer fills.
+    policy = replace(ROTATE, transport="peer", staging_bytes=7 * 640)
+    dense, wrapped = _pair(policy)
+    assert wrapped.transport == "peer"
+    optimizers = [sgd(dense.parameters()), sgd(wrapped.parameters())]
+    forward = products_of_a_forward(wrapped, own)
+    number = forward if dist.get_rank() == 0 else forward + forward // 3
+    for step in range(3):
+        with failing_product(number), pytest.raises(InjectedError):
+            _train(wrapped, own, optimizers[1])
+        for again in range(2):
+            _train(dense, whole, optimizers[0])
+            _train(wrapped, own, optimizers[1])
+            compare_gradients(dense, wrapped, FP64, f"step {step}, {again}")
+            for optimizer in optimizers:
+                optimizer.step()
+            compare_weights(dense, wrapped, FP64, f"step {step}, {again}")
+
+
+@multi_world_sizes
+def test_exceptions_at_different_places_are_followed_by_good_steps(world_size: int) -> None:
+    run_ranks(world_size, _at_different_places)
 
 
 def _outside() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
@@ -310,6 +311,39 @@ def _check_gathers() -> None:
 @multi_world_sizes
 def test_a_module_gathers_once_forward_and_once_backward(world_size: int) -> None:
     run_ranks(world_size, _check_gathers)
+
+
+class _Product(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x @ self.weight).tanh()
+
+
+def _check_one_at_a_time() -> None:
+    """A frozen weight's gradient, which would let go of it, does not come."""
+    layers = [_Product().to(device()) for _ in range(4)]
+    wrapped = RotatedTensorParallel(nn.Sequential(*layers), policy=GATHERED)
+    original, alive = rtp_wrap.gather._whole, weakref.WeakSet[torch.Tensor]()
+    before: list[int] = []
+
+    def whole(*args: Any) -> torch.Tensor:
+        before.append(len(alive))
+        alive.add(result := original(*args))
+        return result
+
+    x = torch.randn(3, 6, device=device(), requires_grad=True)
+    with patch.object(rtp_wrap.gather, "_whole", whole):
+        wrapped(x).sum().backward()
+    assert before == [0] * 8
+    assert not alive
+
+
+@multi_world_sizes
+def test_one_modules_weights_are_whole_at_a_time(world_size: int) -> None:
+    run_ranks(world_size, _check_one_at_a_time)
 
 
 class _Collectives(TorchDispatchMode):

@@ -343,13 +343,15 @@ def test_a_mistake_of_one_rank_in_wrapping_is_an_error_of_all_at_once(
     run_ranks(world_size, _wrap_wrongly, mistake, timeout=30)  # the group's own is 60
 
 
-#: Many short lives of two ranks, each of which ends right behind a comparison, while Gloo's threads
+#: Many short lives of two ranks, each of which ends right behind a meeting, while Gloo's threads
 #: cannot have the interpreter. Forked, since an import takes longer than all the rest; frozen, or
 #: the end of each would look for garbage in all that was imported.
 ENDINGS = """
 import gc, os, sys
+import torch
 import torch.distributed as dist
 from rtp_wrap.lockstep import Lockstep
+from rtp_wrap.transport import open_memory
 
 gc.freeze()
 for attempt in range(6):
@@ -360,8 +362,9 @@ for attempt in range(6):
             file = f"file://{sys.argv[1]}/{attempt}"
             dist.init_process_group("gloo", init_method=file, rank=rank, world_size=2)
             lockstep = Lockstep(dist.group.WORLD)
+            memory = open_memory(dist.group.WORLD, torch.device("cpu"), 1024)
             sys.setswitchinterval(1000)
-            lockstep.verify("its end")
+            lockstep.verify("its end") if sys.argv[2] == "verify" else memory.barrier(0, 1)
             sys.exit()
     if statuses := [status for rank in ranks if (status := os.waitpid(rank, 0)[1])]:
         sys.exit(f"attempt {attempt}: {statuses}")
@@ -369,9 +372,10 @@ for attempt in range(6):
 
 
 @pytest.mark.skipif("RANK" in os.environ, reason="starts ranks of its own")
-def test_a_program_may_end_behind_a_comparison(tmp_path: Path) -> None:
+@pytest.mark.parametrize("meeting", ["verify", "barrier"])
+def test_a_program_may_end_behind_a_meeting(tmp_path: Path, meeting: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", ENDINGS, str(tmp_path)],
+        [sys.executable, "-c", ENDINGS, str(tmp_path), meeting],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,

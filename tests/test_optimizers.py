@@ -232,6 +232,33 @@ def test_lbfgs_gives_the_dense_weights(world_size: int) -> None:
     run_ranks(world_size, _lbfgs)
 
 
+def _channels_last() -> None:
+    """Fused optimizers go through the memory of weights and gradients as if it were alike."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(8, 16, 3, padding=1), nn.Tanh(), nn.Conv2d(16, 8, 3, padding=1)]
+    dense = nn.Sequential(*layers).to(device(), torch.float64)
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    inputs = torch.randn(2 * ranks, 8, 6, 5, dtype=torch.float64).to(device())
+    strategies = ({}, {"*.weight": Gather()}, {"*.weight": Gather(1)}, {"*": Replicate()})
+    policies = [ShardingPolicy(rules=rules, replicate_below=0) for rules in strategies]
+    for policy in policies:
+        theirs, ours = deepcopy(dense), RotatedTensorParallel(deepcopy(dense), policy=policy)
+        ours.to(memory_format=torch.channels_last)
+        optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, fused=True) for m in (theirs, ours)]
+        for _ in range(3):
+            theirs(inputs).square().mean().backward()
+            ours(inputs.chunk(ranks)[rank]).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        compare_weights(theirs, ours, {"rtol": 1e-7, "atol": 1e-9}, str(policy.rules))
+
+
+@multi_world_sizes
+def test_a_memory_format_changes_no_step(world_size: int) -> None:
+    run_ranks(world_size, _channels_last)
+
+
 def _compiled() -> None:
     """The hooks around a step run, though a compiler traces it."""
     dense, wrapped = _pair()

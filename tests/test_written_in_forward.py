@@ -16,7 +16,7 @@ if __name__ == "__main__":
 
 from rtp_wrap import Gather, MixedPrecisionPolicy, Replicate, RotatedTensorParallel, ShardingPolicy
 from tests.parity import check_parity, full
-from tests.ranks import all_world_sizes, device, run_ranks
+from tests.ranks import all_world_sizes, device, multi_world_sizes, run_ranks
 
 POLICIES: tuple[Any, ...] = (
     ShardingPolicy(replicate_below=0),
@@ -66,6 +66,49 @@ def _momentum() -> None:
 @all_world_sizes
 def test_a_momentum_encoder_follows_within_a_forward(world_size: int) -> None:
     run_ranks(world_size, _momentum)
+
+
+class Uncounted(nn.Module):
+    """Writes that torch does not count, with gradients switched off, and then reads."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.query, self.key = self._layers(), self._layers().requires_grad_(False)
+        self.every, self.calls = every, 0
+
+    @staticmethod
+    def _layers() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        query = self.query(x)
+        if self.calls % self.every:
+            return query - self.key(x)
+        with torch.no_grad():
+            keys, queries = list(self.key.parameters()), list(self.query.parameters())
+            keys[0].data.mul_(0.5).add_(queries[0].data, alpha=0.5)
+            torch._foreach_lerp_(keys[1:], queries[1:], 0.5)
+            return query - self.key(x)
+
+
+def _uncounted() -> None:
+    """In each step or in every other one, when it was seen to go on without."""
+    (x,) = _batch(0, dist.get_rank())
+    x = x.to(device())
+    for transport in ("ring", "peer"):
+        policy = ShardingPolicy(replicate_below=0, transport=transport)
+        for every in (1, 2):
+            torch.manual_seed(0)
+            dense = Uncounted(every).to(device(), torch.float64)
+            wrapped = RotatedTensorParallel(deepcopy(dense), policy=policy)
+            for step in range(4):
+                torch.testing.assert_close(wrapped(x), dense(x), msg=f"{transport} {every} {step}")
+
+
+@multi_world_sizes
+def test_uncounted_writes_with_gradients_off_are_seen(world_size: int) -> None:
+    run_ranks(world_size, _uncounted)
 
 
 def _momentum_in_bf16() -> None:

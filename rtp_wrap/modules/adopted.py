@@ -106,9 +106,10 @@ class Adopted(nn.Module):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        if self._adoption is not None:
-            check_conversion(fn, self, self._adoption.fqn, self._adoption.ring)
-        result = super()._apply(fn, recurse)
+        if self._adoption is None:
+            return super()._apply(fn, recurse)
+        check_conversion(fn, self, self._adoption.fqn, self._adoption.ring)
+        result = super()._apply(lambda tensor: _contiguous(fn(tensor)), recurse)
         self._note_parameters()
         return result
 
@@ -204,6 +205,13 @@ def _compiled_frame(module: nn.Module, adoption: Adoption) -> AbstractContextMan
 def is_optimized(module: nn.Module) -> bool:
     """Whether ``module`` is what ``torch.compile`` returned for another one."""
     return "_orig_mod" in module._modules
+
+
+def _contiguous(converted: torch.Tensor) -> torch.Tensor:
+    """Home shards have no other memory format, nor have gradients: tiles are copies anyway."""
+    if isinstance(converted, DTensor) and not converted._local_tensor.is_contiguous():
+        return converted.contiguous()
+    return converted
 
 
 def _take_in(module: nn.Module, parent: Adoption, name: str) -> None:

@@ -6,15 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from rtp_wrap.modules.frame import frame_of
 from rtp_wrap.modules.rotated import Rotated, rotates_weight
 from rtp_wrap.ops import rotated_embedding
+from rtp_wrap.ring import Ring
 
 
-class RotatedEmbedding(Rotated):
-    """An adopted ``nn.Embedding``: ids ``[...]`` to ``[..., embedding_dim]``."""
-
+class _Rows(Rotated):
     padding_idx: int | None
     scale_grad_by_freq: bool
+
+    def _rows(self, ids: torch.Tensor, ring: Ring) -> torch.Tensor:
+        return rotated_embedding(
+            ids,
+            self.home("weight"),
+            ring,
+            self.site,
+            padding_idx=self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+        )
+
+
+class RotatedEmbedding(_Rows):
+    """An adopted ``nn.Embedding``: ids ``[...]`` to ``[..., embedding_dim]``."""
 
     @staticmethod
     def rotation_dim(module: nn.Module, name: str) -> int | None:
@@ -26,17 +40,11 @@ class RotatedEmbedding(Rotated):
             return super().forward(input)
         if input.is_nested:
             return self._on_values(input)
-        return rotated_embedding(
-            input,
-            self.home("weight"),
-            adoption.ring,
-            self.site,
-            padding_idx=self.padding_idx,
-            scale_grad_by_freq=self.scale_grad_by_freq,
-        )
+        with frame_of(self, adoption):
+            return self._rows(input, adoption.ring)
 
 
-class RotatedEmbeddingBag(Rotated):
+class RotatedEmbeddingBag(_Rows):
     """An adopted ``nn.EmbeddingBag``: ids ``[B, L]``, or ``[T]`` and offsets, to ``[B, columns]``.
 
     Unlike in ``nn.EmbeddingBag`` the rows of all ids, ``[T, columns]``, exist in between.
@@ -45,8 +53,6 @@ class RotatedEmbeddingBag(Rotated):
     so on CUDA; on the CPU torch divides by the counts of other ids (its issue 190063).
     """
 
-    padding_idx: int | None
-    scale_grad_by_freq: bool
     mode: str
     include_last_offset: bool
 
@@ -71,14 +77,8 @@ class RotatedEmbeddingBag(Rotated):
             excluded = ids.numel()
             positions.masked_fill_(ids == self.padding_idx, excluded)
             ids = torch.cat([ids, ids.new_full((1,), self.padding_idx)])
-        rows = rotated_embedding(
-            ids,
-            self.home("weight"),
-            adoption.ring,
-            self.site,
-            padding_idx=self.padding_idx,
-            scale_grad_by_freq=self.scale_grad_by_freq,
-        )
+        with frame_of(self, adoption):
+            rows = self._rows(ids, adoption.ring)
         return F.embedding_bag(
             positions.view(input.shape),
             rows,

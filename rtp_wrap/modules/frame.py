@@ -101,6 +101,7 @@ class Frame:
         if not stack and running_backward() == -1:
             ring.begin_forward(self._adoption.fqn)
             self._outermost = True
+        ring.note_grad_mode()
         if ring.sites is not None and self._adoption.strategies:
             ring.sites.append(self._adoption.fqn)
         stack.append(self)
@@ -113,10 +114,10 @@ class Frame:
     ) -> None:
         ring = self._adoption.ring
         ring.frames.stack.pop()
-        if self._outermost:
-            ring.end_forward()
         if self._hooks is not None:
             self._hooks.__exit__()
+        if self._outermost:
+            ring.end_forward()
         if self._memo:
             copies: list[Gathered | _Cast] = [*self._gathered, *self._casts]
             # What autograd saved refers to the list, which must not keep whole weights alive.

@@ -76,8 +76,8 @@ class Foresight:
 
     What is remembered depends on the order of sites alone, which is the same on all ranks, so that
     all of them expect the same. Copies of a model have visits of their own: each is followed by
-    what is its own. Nothing is expected across the beginning of an outermost forward: weights may
-    be written before it, and not every write can be seen.
+    what is its own, until it is deleted. Nothing is expected across the beginning of a forward:
+    weights may be written before it, and not every write can be seen.
     """
 
     def __init__(self) -> None:
@@ -86,12 +86,12 @@ class Foresight:
         self._begun = True
 
     def begin(self) -> None:
-        """An outermost forward begins, or something went wrong."""
+        """A forward begins, or something went wrong."""
         self._begun = True
 
     @property
     def begun(self) -> bool:
-        """Whether an outermost forward began since the visit before."""
+        """Whether a forward began since the visit before."""
         return self._begun
 
     def visit(self, now: Visit) -> None:

@@ -105,7 +105,8 @@ class PeerTransport:
         self._capture = 0
         #: Whether there is one, which may be replayed after every pass.
         self._has_graph = False
-        #: Lanes begin anew with each: a capture, and where there are graphs a pass outside of them.
+        #: Lanes begin anew with each: a capture, where there are graphs a pass outside of them, and
+        #: what comes after an exception.
         self._epoch = 0
         #: The backward whose end is waited for; -1 for none.
         self._backward = -1
@@ -147,7 +148,7 @@ class PeerTransport:
         return cells
 
     def begin_forward(self) -> None:
-        """An outermost forward begins."""
+        """An outermost forward begins, or goes on where weights may have been written unseen."""
         self._foresight.begin()
 
     def begin(self, computation: torch.cuda.Stream, capturing: bool) -> None:
@@ -224,7 +225,7 @@ class PeerTransport:
         return Expected(visit, weight, index, self._foresight.context)
 
     def _come_to(self, visit: Visit, index: int) -> bool:
-        """This cell is next; whether it is the first since an outermost forward began."""
+        """This cell is next; whether it is the first since a forward began."""
         begun = self._foresight.begun
         if begun:
             for area in (self._weights.area, self._gradients.area, self._landings):
@@ -373,11 +374,14 @@ class PeerTransport:
         return self._averaged.of(self._gradients.number) if self._concurrent else None
 
     def settle(self) -> None:
-        """After an exception: what is still under way comes before anything else."""
-        self._foresight.begin()
-        self._ahead.clear()
+        """After an exception: what is still under way comes before anything else.
+
+        Ranks can have raised at different places of the same cell, so that parts have a place on
+        one of them and none on another. So lanes begin anew.
+        """
         if self._computation is not None:
             self._join(self._computation)
+        self._begin_epoch()
 
     def _join(self, stream: torch.cuda.Stream) -> None:
         """``stream`` waits for all that lanes do, of this epoch: a graph knows of no other."""
@@ -395,7 +399,7 @@ class PeerTransport:
         return lane.number
 
     def _begin_anew(self, lane: Lane) -> None:
-        """Begin inside a graph that is being captured, or where one may have been replayed.
+        """Begin inside a graph that is being captured, where one may have been replayed, or anew.
 
         A captured graph cannot wait for events of outside it. And it repeats its cells in the same
         places and with the same flags, whichever came last. So there is a fence, a barrier after

@@ -45,7 +45,7 @@ class SharedMemory:
             names = [self._store.get(f"memory-{rank}") for rank in range(self.world_size)]
             self._all = [_mapped(name.decode(), self._nbytes) for name in names]
             self._all[self.rank] = self._own
-            self._host.barrier().wait()
+            self._wait()
         finally:
             self._unlink()
 
@@ -69,9 +69,14 @@ class SharedMemory:
     def barrier(self, lane: int, flag: int, stream: object = None) -> None:
         """Go on when every rank has come here. ``PeerError`` after the group's timeout."""
         try:
-            self._host.barrier().wait()
+            self._wait()
         except RuntimeError as error:
             raise PeerError(str(error)) from error
+
+    def _wait(self) -> None:
+        # It is kept for the reason for which Lockstep keeps its last comparison.
+        self._last = last = self._host.barrier()
+        last.wait()
 
 
 def _mapped(name: str, nbytes: int) -> torch.Tensor:

@@ -154,6 +154,7 @@ def _array(operations: Sequence[_Operation]) -> Any:
 def driver() -> Any:
     """The CUDA driver; ``OSError`` or ``AttributeError`` where it is not there or too old."""
     driver = ctypes.CDLL("libcuda.so.1")
+    driver.cuStreamGetCaptureInfo_v2.restype = ctypes.c_int  # as all have; it is looked up here
     driver.cuStreamBatchMemOp_v2.argtypes = (
         ctypes.c_void_p,
         ctypes.c_uint,

@@ -29,8 +29,7 @@ class Watchdog:
         self.enqueued = [0] * lanes
         stop = threading.Event()
         arguments = self.done, self.enqueued, timeout.total_seconds(), rank, stop
-        self._thread = threading.Thread(target=_watch, args=arguments, daemon=True)
-        self._thread.start()
+        threading.Thread(target=_watch, args=arguments, daemon=True).start()
         weakref.finalize(self, stop.set)
 
 
