@@ -7,11 +7,15 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from rtp_wrap.modules import rotation_dim
 from rtp_wrap.names import own_name, own_names
 from rtp_wrap.policy import Gather, Ignore, Match, Replicate, Rotate, ShardingPolicy, Strategy
+
+#: A dimension of so many elements is shared by all ranks of most groups.
+MANY = 64
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,11 @@ def _reconcile(parameter: nn.Parameter, uses: list[Use]) -> Assignment:
     return Assignment(parameter, settled, Rotate(dim) if rotates else Gather(dim), rule)
 
 
+def _gathered_dim(shape: torch.Size) -> int:
+    """The first one that many ranks can share: not the 1 of a table of positions ``[1, T, C]``."""
+    return next((dim for dim, length in enumerate(shape) if length >= MANY), 0)
+
+
 class _Rules:
     """A policy's rules over one model, and the count of what each of them chose."""
 
@@ -154,7 +163,9 @@ class _Rules:
             return Replicate(), "scalar", False
         if parameter.numel() < self._policy.replicate_below:
             return Replicate(), f"below {self._policy.replicate_below} elements", False
-        return (Gather() if natural is None else Rotate(natural)), "default", False
+        if natural is None:
+            return Gather(_gathered_dim(parameter.shape)), "default", False
+        return Rotate(natural), "default", False
 
     def _matches(self, match: Match, module_fqn: str, name: str) -> bool:
         if isinstance(match, str):

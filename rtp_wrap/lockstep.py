@@ -14,6 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,8 @@ from rtp_wrap.host_group import host_group
 
 #: Events kept to name the first difference; a training step has three or so per layer.
 HISTORY = 8192
+#: How long others may take to say what they did, where a transfer has failed.
+PATIENCE = timedelta(seconds=3)
 
 _TRAINING = (
     "Every rank must run the same layers in the same order, with the same inputs requiring "
@@ -55,7 +58,7 @@ class Lockstep:
             #: One row per rank, and this rank's own: (events, digest, occasion).
             self.buffer = torch.zeros(self._world_size + 1, 3, dtype=torch.int64, device="cpu")
         self._count = 0
-        self._exchanges = 0
+        self._exchanges = self._failures = 0
         self._history: deque[str] = deque(maxlen=HISTORY)
         self.digest = 0
 
@@ -96,7 +99,26 @@ class Lockstep:
                 f"has raised, died, or runs something else; see its own error first. {remedy}"
             ) from error
         self._give_up()
-        raise OutOfStepError(f"ranks are out of step ({_difference(accounts)}). {remedy}")
+        raise OutOfStepError(_out_of_step(accounts, remedy))
+
+    def difference_after(self, failed: str) -> str | None:
+        """What ranks did differently before a transfer failed on this one; ``None`` if unknown.
+
+        The others tell once one fails on them, too, which they are given some seconds for.
+        """
+        self._failures += 1
+        keys = [f"failed-{self._failures}-{rank}" for rank in range(self._world_size)]
+        account: _Account = (failed, self._count, list(self._history))
+        try:
+            self._store.set(keys[self._rank], json.dumps(account))
+            self._store.wait(keys, PATIENCE)
+            accounts: list[_Account] = [json.loads(self._store.get(key)) for key in keys]
+        except RuntimeError:  # some have ended, or go on
+            return None
+        histories = [(count, events) for _, count, events in accounts]
+        if all(each == histories[0] for each in histories):
+            return None
+        return _out_of_step(accounts, _TRAINING)
 
     @contextmanager
     def together(self, part: str, remedy: str) -> Iterator[None]:
@@ -125,6 +147,10 @@ class Lockstep:
         keys = [f"account-{self._exchanges}-{rank}" for rank in range(self._world_size)]
         self._store.set(keys[self._rank], json.dumps(account))
         return [json.loads(self._store.get(key)) for key in keys]
+
+
+def _out_of_step(accounts: list[_Account], remedy: str) -> str:
+    return f"ranks are out of step ({_difference(accounts)}). {remedy}"
 
 
 def _difference(accounts: list[_Account]) -> str:

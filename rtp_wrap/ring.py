@@ -6,8 +6,8 @@ Copies of a model share it. It has a key, a string, by which pickles and paramet
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
+import uuid
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakValueDictionary
@@ -25,13 +25,12 @@ from torch.optim.optimizer import (
 from rtp_wrap import assigned
 from rtp_wrap.anomaly import let_anomalies_be_detected
 from rtp_wrap.engine import running_backward
-from rtp_wrap.lockstep import Lockstep
+from rtp_wrap.lockstep import Lockstep, OutOfStepError
 from rtp_wrap.policy import MixedPrecisionPolicy
 from rtp_wrap.streams import current_stream
 from rtp_wrap.transport import PeerTransport, PointToPoint, Staging, open_memory
 
 _rings: WeakValueDictionary[str, Ring] = WeakValueDictionary()
-_serial = itertools.count()
 _EVALUATION = (
     "Every rank must run the same layers in the same order, in evaluation and generation as well; "
     "what this forward returned is wrong"
@@ -94,7 +93,8 @@ class Ring:
         self.regathered: tuple[object, dict[tuple[int, torch.dtype], torch.Tensor]] | None = None
         # While the first forward runs: the fqns of modules with managed parameters, as called.
         self.sites: list[str] | None = None
-        self.key = f"{self.group.group_name}/{next(_serial)}"
+        # Unlike that of any other process, of which a pickle may have come here.
+        self.key = f"{self.group.group_name}/{uuid.uuid4().hex}"
         self._interrupted = False
         self._grad_enabled = True
         self._forward = threading.Lock()  # held while a forward runs
@@ -142,9 +142,13 @@ class Ring:
 
     def not_answered(self, event: str, hop: int) -> RuntimeError:
         """The error of a rank that others did not meet in a rotation."""
+        failed = f"{event}: hop {hop} failed on rank {self.rank}"
+        difference = self.lockstep.difference_after(failed)
+        if difference is not None:
+            return OutOfStepError(f"{failed}: {difference}")
         return RuntimeError(
-            f"{event}: hop {hop} failed on rank {self.rank}. Another rank has raised, died, or "
-            f"runs another layer; see its own error first"
+            f"{failed}. Another rank has raised, died, or runs another layer; see its own error "
+            f"first"
         )
 
     def begin_forward(self, fqn: str) -> None:

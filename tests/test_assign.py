@@ -158,6 +158,14 @@ class SameForward(nn.Linear):
     pass
 
 
+def test_a_dimension_that_most_ranks_would_have_nothing_of_is_not_sharded() -> None:
+    """Of positions ``[1, T, C]`` rank 0 would have everything."""
+    for shape, dim in {(1, 300, 100): 1, (3, 10, 600): 2, (64, 300): 0, (150, 2, 90): 0}.items():
+        table = nn.Module()
+        table.register_parameter("positions", nn.Parameter(torch.zeros(shape)))
+        assert _homes(table)["positions"] == Gather(dim)
+
+
 def _patched() -> nn.Linear:
     linear = nn.Linear(3, 4)
     linear.forward = lambda input: input  # type: ignore[method-assign]

@@ -44,7 +44,7 @@ def _data(step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return whole, whole.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def _keys() -> None:
+def _keys() -> str:
     _, wrapped = _wrap()
     ring = _ring(wrapped)
     assert resolve(ring.key) is ring
@@ -53,11 +53,13 @@ def _keys() -> None:
     assert _ring(_wrap()[1]).key != ring.key
     with pytest.raises(RuntimeError, match=r"ring nowhere/0.*save its state_dict\(\) instead"):
         resolve("nowhere/0")
+    return ring.key
 
 
 @all_world_sizes
 def test_a_ring_is_found_by_its_key_and_shared_by_copies(world_size: int) -> None:
-    run_ranks(world_size, _keys)
+    """A key is like no other, so that a pickle of another process finds none."""
+    assert len(set(run_ranks(world_size, _keys))) == world_size
 
 
 def _freed() -> None:

@@ -29,7 +29,8 @@ class Watchdog:
         self.enqueued = [0] * lanes
         stop = threading.Event()
         arguments = self.done, self.enqueued, timeout.total_seconds(), rank, stop
-        threading.Thread(target=_watch, args=arguments, daemon=True).start()
+        self._thread = threading.Thread(target=_watch, args=arguments, daemon=True)
+        self._thread.start()
         weakref.finalize(self, stop.set)
 
 
