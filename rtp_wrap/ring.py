@@ -153,6 +153,11 @@ class Ring:
 
     def begin_forward(self, fqn: str) -> None:
         """An outermost forward begins, that of ``fqn``; another one must not be under way."""
+        if torch.jit.is_tracing():
+            raise RuntimeError(
+                f"{fqn or 'the model'} is wrapped, and its shards cannot be traced: trace a dense "
+                f"model, into which a full state_dict() of the wrapped one was loaded"
+            )
         if not self._forward.acquire(blocking=False):
             raise RuntimeError(
                 f"{fqn or 'the model'} was called while another thread is in a forward of the same "

@@ -183,3 +183,16 @@ def _check_export() -> None:
 
 def test_an_export_is_refused() -> None:
     run_ranks(2, _check_export)
+
+
+def _check_jit_trace() -> None:
+    model = RotatedTensorParallel(nn.Sequential(nn.Linear(6, 6)).to(device()))
+    x = torch.randn(2, 6, device=device())
+    with pytest.raises(RuntimeError, match="the model is wrapped, and its shards cannot be traced"):
+        torch.jit.trace(model, (x,))
+    model(x).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit itself
+def test_a_trace_for_torchscript_is_refused() -> None:
+    run_ranks(2, _check_jit_trace)

@@ -97,9 +97,7 @@ def _build() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 7))
 
 
-def _pair(
-    policy: ShardingPolicy = ROTATE, **wrap: Any
-) -> tuple[nn.Module, RotatedTensorParallel]:
+def _pair(policy: ShardingPolicy = ROTATE, **wrap: Any) -> tuple[nn.Module, RotatedTensorParallel]:
     torch.manual_seed(0)
     dense = _build().to(device(), torch.float64)
     return dense, RotatedTensorParallel(deepcopy(dense), policy=policy, **wrap)
