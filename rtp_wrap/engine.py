@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.autograd.function import _SingleLevelFunction
@@ -17,6 +17,7 @@ from torch.utils import _python_dispatch as dispatch
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 
 _NOTHING = nullcontext()
+Result = TypeVar("Result")
 PackHooks = tuple[Callable[[torch.Tensor], Any], Callable[[Any], torch.Tensor]]
 
 
@@ -44,6 +45,23 @@ def at_its_end(call: Callable[[], None]) -> None:
 #: The saved-tensor hooks that are asked now: the top ones of a stack.
 hooks_in_force: Callable[[], PackHooks | None]
 hooks_in_force = partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
+
+
+def unhooked(call: Callable[[], Result]) -> Result:
+    """What ``call`` returns, with no saved-tensor hooks in force.
+
+    Work of a process group remembers the state of its thread: if it is kept, so are the hooks, and
+    all that they have saved.
+    """
+    hooks: list[PackHooks] = []
+    while (top := hooks_in_force()) is not None:
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        hooks.append(top)
+    try:
+        return call()
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def hooks_are_disabled() -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from rtp_wrap.engine import unhooked
 from rtp_wrap.host_group import host_group
 from rtp_wrap.transport.cells import Copies, PeerError
 
@@ -75,7 +76,7 @@ class SharedMemory:
 
     def _wait(self) -> None:
         # It is kept for the reason for which Lockstep keeps its last comparison.
-        self._last = last = self._host.barrier()
+        self._last = last = unhooked(self._host.barrier)
         last.wait()
 
 
