@@ -357,7 +357,7 @@ def test_a_mistake_of_one_rank_in_wrapping_is_an_error_of_all_at_once(
 #: cannot have the interpreter. Forked, since an import takes longer than all the rest; frozen, or
 #: the end of each would look for garbage in all that was imported.
 ENDINGS = """
-import gc, os, sys
+import gc, os, sys, time
 import torch
 import torch.distributed as dist
 from rtp_wrap.lockstep import Lockstep
@@ -373,6 +373,7 @@ for attempt in range(6):
             dist.init_process_group("gloo", init_method=file, rank=rank, world_size=2)
             lockstep = Lockstep(dist.group.WORLD)
             memory = open_memory(dist.group.WORLD, torch.device("cpu"), 1024)
+            time.sleep(0.2)  # of what came before nothing is left
             sys.setswitchinterval(1000)
             lockstep.verify("its end") if sys.argv[2] == "verify" else memory.barrier(0, 1)
             sys.exit()
