@@ -43,7 +43,12 @@ def gather(parameter: DTensor, ring: Ring, fqn: str, dtype: torch.dtype) -> torc
 def _whole(
     parameter: DTensor, ring: Ring, operation: str, fqn: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    _begin(ring, f"{fqn} {operation}")
+    event = f"{fqn} {operation}"
+    ring.begin(event)
+    if ring.device.type == "cpu" and running_backward() == -1:
+        # With Gloo ranks compare first: other sizes would end a process. What a backward gathers
+        # follows from its forward.
+        ring.lockstep.verify(event)
     # Not in inference mode, under which torch 2.11 cannot redistribute a DTensor.
     with _named(operation, fqn, ring), torch.inference_mode(False), torch.no_grad():
         source: Any = parameter if dtype == parameter.dtype else parameter.to(dtype)
@@ -51,13 +56,6 @@ def _whole(
             return _all_gathered(source, ring)
         whole: torch.Tensor = DTensor.full_tensor(source)
         return whole
-
-
-def _begin(ring: Ring, event: str) -> None:
-    """A collective begins; with Gloo ranks compare first, as other sizes would end a process."""
-    ring.begin(event)
-    if ring.device.type == "cpu":
-        ring.lockstep.verify(event)
 
 
 @contextmanager
@@ -113,7 +111,7 @@ class _Gather(torch.autograd.Function):
         ctx.written.check()
         ring: Ring = ctx.ring
         regathered = ring.regathered
-        _begin(ring, f"{ctx.fqn} reduce-scatter")
+        ring.begin(f"{ctx.fqn} reduce-scatter")
         if regathered and regathered[1].pop((id(ctx.parameter), ctx.dtype), None) is not None:
             ring.regathered = regathered  # its module may still need the others
         with _named("reduce-scatter", ctx.fqn, ring):

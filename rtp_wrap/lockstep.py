@@ -3,8 +3,9 @@
 Every rank keeps a digest of what it ran. Ranks compare digests on the host when it is cheap and
 before it matters: at wrapping, before gradients of replicated parameters are averaged, before an
 optimizer writes weights, at the end of a forward without gradients, after an exception inside a
-rotation, and with Gloo before a gather. Without it, a rank that left a step early (a caught exception, another branch) could pair
-its hops with those of other layers: the wrong tiles, and no error.
+rotation, and with Gloo before a forward gathers. Without it, a rank that left a step early (a
+caught exception, another branch) could pair its hops with those of other layers: the wrong tiles,
+and no error.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import torch
 import torch.distributed as dist
 
 from rtp_wrap.engine import unhooked
-from rtp_wrap.host_group import host_group
+from rtp_wrap.host_group import host_group, timeout_of
 
 #: Events kept to name the first difference; a training step has three or so per layer.
 HISTORY = 8192
-#: How long others may take to say what they did, where a transfer has failed.
+#: How long others may take to say what they did, where a transfer has failed; at most a quarter of
+#: the group's timeout.
 PATIENCE = timedelta(seconds=3)
 
 _TRAINING = (
@@ -52,6 +54,7 @@ class Lockstep:
             # A connection of its own, on the host: comparisons do not wait for a GPU, and ranks
             # that are out of step in `group` still meet here.
             self._store, self._host = host_group(group)
+            self._patience = min(PATIENCE, timeout_of(group) / 4)
             # The last comparison outlives `_host`, whose end joins its threads: if one of those let
             # go of tensors last, it would need the interpreter for it, which may be ending, and
             # that aborts the process. With a buffer made once no step leaves anything behind.
@@ -108,12 +111,14 @@ class Lockstep:
 
         The others tell once one fails on them, too, which they are given some seconds for.
         """
+        if self._world_size == 1:
+            return None
         self._failures += 1
         keys = [f"failed-{self._failures}-{rank}" for rank in range(self._world_size)]
         account: _Account = (failed, self._count, list(self._history))
         try:
             self._store.set(keys[self._rank], json.dumps(account))
-            self._store.wait(keys, PATIENCE)
+            self._store.wait(keys, self._patience)
             accounts: list[_Account] = [json.loads(self._store.get(key)) for key in keys]
         except RuntimeError:  # some have ended, or go on
             return None
