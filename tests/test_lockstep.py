@@ -366,7 +366,7 @@ from rtp_wrap.lockstep import Lockstep
 
 gc.freeze()
 torch.set_num_threads(1)
-for attempt in range(6):
+for attempt in range(5):
     ranks = [0, 0]
     for rank in range(2):
         ranks[rank] = os.fork()
