@@ -43,12 +43,7 @@ def gather(parameter: DTensor, ring: Ring, fqn: str, dtype: torch.dtype) -> torc
 def _whole(
     parameter: DTensor, ring: Ring, operation: str, fqn: str, dtype: torch.dtype
 ) -> torch.Tensor:
-    event = f"{fqn} {operation}"
-    ring.begin(event)
-    if ring.device.type == "cpu" and running_backward() == -1:
-        # With Gloo ranks compare first: other sizes would end a process. What a backward gathers
-        # follows from its forward.
-        ring.lockstep.verify(event)
+    ring.begin(f"{fqn} {operation}")
     # Not in inference mode, under which torch 2.11 cannot redistribute a DTensor.
     with _named(operation, fqn, ring), torch.inference_mode(False), torch.no_grad():
         source: Any = parameter if dtype == parameter.dtype else parameter.to(dtype)

@@ -2,10 +2,9 @@
 
 Every rank keeps a digest of what it ran. Ranks compare digests on the host when it is cheap and
 before it matters: at wrapping, before gradients of replicated parameters are averaged, before an
-optimizer writes weights, at the end of a forward without gradients, after an exception inside a
-rotation, and with Gloo before a forward gathers. Without it, a rank that left a step early (a
-caught exception, another branch) could pair its hops with those of other layers: the wrong tiles,
-and no error.
+optimizer writes weights, at the end of a forward without gradients, and after an exception inside a
+rotation. Without it, a rank that left a step early (a caught exception, another branch) could pair
+its hops with those of other layers: the wrong tiles, and no error.
 """
 
 from __future__ import annotations
