@@ -108,7 +108,7 @@ def _add(total: torch.Tensor, part: torch.Tensor) -> None:
     # It is the last that is heard of `part`, whose memory may be another stream's: that of forward.
     read: torch.Tensor = getattr(part, "_local_tensor", part)
     if read.is_cuda:
-        read.record_stream(torch.cuda.current_stream(read.device))
+        read.record_stream(current_stream(read.device))
 
 
 class _Running(threading.local):

@@ -94,7 +94,9 @@ class Lockstep:
             if all(state.tolist() == mine for state in states):
                 self._history.clear()
                 return
-            accounts = self._exchange((occasion, self._count, list(self._history)))
+            # Once this was needed, it is needed at every comparison.
+            self._exchanges += 1
+            accounts = self._exchange(f"account-{self._exchanges}", occasion)
         except RuntimeError as error:
             last = f" after {self._history[-1]!r}" if self._history else ""
             self._give_up()
@@ -113,16 +115,11 @@ class Lockstep:
         if self._world_size == 1:
             return None
         self._failures += 1
-        keys = [f"failed-{self._failures}-{rank}" for rank in range(self._world_size)]
-        account: _Account = (failed, self._count, list(self._history))
         try:
-            self._store.set(keys[self._rank], json.dumps(account))
-            self._store.wait(keys, self._patience)
-            accounts: list[_Account] = [json.loads(self._store.get(key)) for key in keys]
+            accounts = self._exchange(f"failure-{self._failures}", failed, self._patience)
         except RuntimeError:  # some have ended, or go on
             return None
-        histories = [(count, events) for _, count, events in accounts]
-        if all(each == histories[0] for each in histories):
+        if all(each[1:] == accounts[0][1:] for each in accounts):
             return None
         return _out_of_step(accounts, _TRAINING)
 
@@ -147,11 +144,18 @@ class Lockstep:
         """From here on ranks are out of step, even if they happen to do the same again."""
         self.record(f"an OutOfStepError on rank {self._rank}")
 
-    def _exchange(self, account: _Account) -> list[_Account]:
-        """The accounts of all ranks. Once it was needed, it is needed at every comparison."""
-        self._exchanges += 1
-        keys = [f"account-{self._exchanges}-{rank}" for rank in range(self._world_size)]
+    def _exchange(
+        self, name: str, occasion: str, patience: timedelta | None = None
+    ) -> list[_Account]:
+        """The accounts of all ranks, under a name that each of them gives once.
+
+        Waits for the others ``patience`` long, by default for the group's timeout.
+        """
+        keys = [f"{name}-{rank}" for rank in range(self._world_size)]
+        account: _Account = (occasion, self._count, list(self._history))
         self._store.set(keys[self._rank], json.dumps(account))
+        if patience is not None:
+            self._store.wait(keys, patience)
         return [json.loads(self._store.get(key)) for key in keys]
 
 

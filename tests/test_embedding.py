@@ -600,6 +600,23 @@ def test_max_norm_is_refused_but_where_it_is_right(world_size: int, build: Any) 
     run_ranks(world_size, _check_max_norm, build)
 
 
+def _check_forward_itself(build: Any) -> None:
+    """Called as no module but as a method, it begins and ends a forward like any other layer."""
+    torch.manual_seed(0)
+    dense = nn.Sequential(build(11, 6)).to(device())
+    wrapped = RotatedTensorParallel(deepcopy(dense), policy=_policy())
+    ids = torch.tensor([[1, 2], [10, 2]], device=device())
+    with torch.no_grad():
+        torch.testing.assert_close(wrapped[0].forward(ids), dense[0](ids))
+    assert not wrapped[0]._adoption.ring.lockstep.has_news, "ranks have not compared"
+
+
+@multi_world_sizes
+@pytest.mark.parametrize("build", [nn.Embedding, nn.EmbeddingBag])
+def test_forward_itself_may_be_called(world_size: int, build: Any) -> None:
+    run_ranks(world_size, _check_forward_itself, build)
+
+
 class OwnForward(nn.Embedding):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return super().forward(input) * 2

@@ -115,6 +115,21 @@ def _train(model: nn.Module, x: torch.Tensor, optimizer: torch.optim.Optimizer) 
     model(x).square().mean().backward()
 
 
+def _good_step(
+    models: tuple[nn.Module, RotatedTensorParallel],
+    batches: tuple[torch.Tensor, torch.Tensor],
+    optimizers: list[torch.optim.Optimizer],
+    when: str,
+) -> None:
+    """Of the dense model with the whole batch and of the wrapped one with this rank's: alike."""
+    for model, x, optimizer in zip(models, batches, optimizers, strict=True):
+        _train(model, x, optimizer)
+    compare_gradients(*models, FP64, when)
+    for optimizer in optimizers:
+        optimizer.step()
+    compare_weights(*models, FP64, when)
+
+
 def _on_all_ranks() -> None:
     whole, own = _data()
     for inplace in (False, True):
@@ -126,12 +141,7 @@ def _on_all_ranks() -> None:
         for number in (0, layer - 1, layer + 1, forward, forward + 1, forward + 3):
             with failing_product(number), pytest.raises(InjectedError):
                 _train(wrapped, own, optimizers[1])
-            _train(dense, whole, optimizers[0])
-            _train(wrapped, own, optimizers[1])
-            compare_gradients(dense, wrapped, FP64, f"product {number}")
-            for optimizer in optimizers:
-                optimizer.step()
-            compare_weights(dense, wrapped, FP64, f"product {number}")
+            _good_step((dense, wrapped), (whole, own), optimizers, f"product {number}")
 
 
 @multi_world_sizes
@@ -153,12 +163,7 @@ def _at_different_places() -> None:
         with failing_product(number), pytest.raises(InjectedError):
             _train(wrapped, own, optimizers[1])
         for again in range(2):
-            _train(dense, whole, optimizers[0])
-            _train(wrapped, own, optimizers[1])
-            compare_gradients(dense, wrapped, FP64, f"step {step}, {again}")
-            for optimizer in optimizers:
-                optimizer.step()
-            compare_weights(dense, wrapped, FP64, f"step {step}, {again}")
+            _good_step((dense, wrapped), (whole, own), optimizers, f"step {step}, {again}")
 
 
 @multi_world_sizes
@@ -187,12 +192,7 @@ def _outside() -> None:
     y.register_hook(fail)
     with pytest.raises(InjectedError):
         y.sum().backward()
-    _train(dense, whole, optimizers[0])
-    _train(wrapped, own, optimizers[1])
-    compare_gradients(dense, wrapped)
-    for optimizer in optimizers:
-        optimizer.step()
-    compare_weights(dense, wrapped)
+    _good_step((dense, wrapped), (whole, own), optimizers, "after all of them")
 
 
 @multi_world_sizes
