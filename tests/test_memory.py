@@ -350,7 +350,12 @@ def _without_collector() -> Iterator[None]:
         gc.enable()
 
 
-POLICIES = {"sharded": SHARDED, "gathered": GATHERED, "replicated": {"*": Replicate()}}
+POLICIES = {
+    "by hops": ShardingPolicy(replicate_below=0, transport="ring"),
+    "by peers": ShardingPolicy(replicate_below=0, transport="peer"),
+    "gathered": GATHERED,
+    "replicated": {"*": Replicate()},
+}
 
 
 def _check_freed() -> None:
