@@ -259,8 +259,9 @@ def _arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     strategies = [name for name in STRATEGIES if name != "single"]
+    rings = [name for name in strategies if not name.endswith("-hybrid")]
     add("--part", choices=("sizes", "largest", "both"), default="both")
-    add("--strategies", nargs="+", choices=strategies, default=strategies, metavar="STRATEGY")
+    add("--strategies", nargs="+", choices=strategies, default=rings, metavar="STRATEGY")
     add("--models", nargs="+", choices=models.NAMES, default=SIZES, metavar="MODEL")
     add(
         "--width", choices=models.NAMES, default="7b", metavar="MODEL", help="whose layers to stack"

@@ -75,7 +75,8 @@ def _totals(plan: Plan) -> str:
     total = plan.total_traffic()
     rows.append(("sent in a forward and backward", size(total.nbytes), None))
     rows.append(("in hops", total.hops, None))
-    header = ("bytes", f"rank 0 of {plan.world_size}", "unsharded")
+    rings = "" if plan.replicas == 1 else f", {plan.replicas} rings"
+    header = ("bytes", f"rank 0 of {plan.world_size}{rings}", "unsharded")
     return table(header, rows, right=header[1:])
 
 

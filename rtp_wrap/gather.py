@@ -8,8 +8,6 @@ together after the forward, which is what sharding is to avoid.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +15,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial
 
+from rtp_wrap.collective import collective, over_replicas
 from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.engine import PackHooks, at_its_end, running_backward
 from rtp_wrap.gradient import Gradient, deliver
-from rtp_wrap.profiling import profiler_range
 from rtp_wrap.ring import Ring
-from rtp_wrap.shard import extent, sharded_dim
+from rtp_wrap.shard import dtensor_like, extent, sharded_dim
 from rtp_wrap.versions import Stamp, version_of
 from rtp_wrap.written import WriteCheck
 
@@ -45,27 +43,12 @@ def _whole(
 ) -> torch.Tensor:
     ring.begin(f"{fqn} {operation}")
     # Not in inference mode, under which torch 2.11 cannot redistribute a DTensor.
-    with _named(operation, fqn, ring), torch.inference_mode(False), torch.no_grad():
+    with collective(operation, fqn, ring), torch.inference_mode(False), torch.no_grad():
         source: Any = parameter if dtype == parameter.dtype else parameter.to(dtype)
         if ring.device.type == "cpu" and ring.world_size > 1:
             return _all_gathered(source, ring)
         whole: torch.Tensor = DTensor.full_tensor(source)
         return whole
-
-
-@contextmanager
-def _named(operation: str, fqn: str, ring: Ring) -> Iterator[None]:
-    """A collective by the name of what it is for: in a profiler's trace, and in errors."""
-    try:
-        with profiler_range(operation, fqn):
-            yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{fqn} {operation} failed on rank {ring.rank}: {error}\nUnless that says why, another "
-            f"rank has raised, died, or runs another layer; see its own error first"
-        ) from error
 
 
 def _all_gathered(source: DTensor, ring: Ring) -> torch.Tensor:
@@ -109,8 +92,9 @@ class _Gather(torch.autograd.Function):
         ring.begin(f"{ctx.fqn} reduce-scatter")
         if regathered and regathered[1].pop((id(ctx.parameter), ctx.dtype), None) is not None:
             ring.regathered = regathered  # its module may still need the others
-        with _named("reduce-scatter", ctx.fqn, ring):
+        with collective("reduce-scatter", ctx.fqn, ring):
             gradient = Gradient(_reduce_scattered(grad, ctx.parameter, ring), None)
+        gradient = over_replicas(gradient, ring, ctx.fqn)
         return deliver(ctx.parameter, ctx.next_functions[0][0], gradient), None, None, None
 
 
@@ -121,10 +105,10 @@ def _reduce_scattered(grad: torch.Tensor, parameter: DTensor, ring: Ring) -> DTe
     before = ring.world_size if dense.itemsize < 4 else 1
     if before > 1:
         dense = dense / before
-    total = DTensor.from_local(dense, parameter.device_mesh, [Partial()], run_check=False)
-    summed: Any = total.redistribute(placements=parameter.placements)
-    gradient: DTensor = (summed / (ring.world_size // before)).to(parameter.dtype)
-    return gradient
+    total = DTensor.from_local(dense, ring.own_mesh, [Partial()], run_check=False)
+    summed: Any = total.redistribute(placements=parameter.placements[-1:])
+    mean = (summed / (ring.world_size // before)).to(parameter.dtype)
+    return dtensor_like(mean._local_tensor, parameter)
 
 
 class RegatherHooks:

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import Replicate as ReplicatePlacement
-from torch.distributed.tensor import Shard
 
 from rtp_wrap.assign import Assignment
 from rtp_wrap.materialise import ParamInitFn, materialise
+from rtp_wrap.mesh import placements
 from rtp_wrap.names import own_names
 from rtp_wrap.policy import Ignore, Replicate, Strategy, shard_dim
 from rtp_wrap.ring import Ring, register, retire
@@ -54,8 +53,7 @@ def settle(
             local.view(shape or 1)[at:end] = piece
         else:
             local[at:end] = piece.narrow(dim, start, stop - start)
-    placement = ReplicatePlacement() if dim is None else Shard(dim)
-    dtensor = dtensor_of(local, ring.mesh, [placement], shape)
+    dtensor = dtensor_of(local, ring.mesh, placements(ring.mesh, dim), shape)
     settled = nn.Parameter(dtensor, requires_grad=parameter.requires_grad)
     vars(settled).update(vars(parameter))
     register(settled, ring)
@@ -77,17 +75,17 @@ def _pieces(whole: torch.Tensor, ring: Ring) -> Iterator[tuple[int, torch.Tensor
         whole = whole.view(1)
     if whole.numel() == 0:
         return
-    source = dist.get_global_rank(ring.group, 0)
+    source = dist.get_global_rank(ring.everyone, 0)
     row_bytes = whole[0].numel() * whole.itemsize
     rows = max(1, PIECE_BYTES // row_bytes)
     for at in range(0, whole.shape[0], rows):
         part = whole[at : at + rows]
         piece = torch.empty(part.shape, dtype=part.dtype, device=ring.device)
-        if ring.rank == 0:
+        if ring.place == 0:
             piece.copy_(part)
-        if ring.world_size > 1:
+        if ring.everyone.size() > 1:
             # As bytes: backends do not know every dtype that a parameter may have.
-            dist.broadcast(piece.view(-1).view(torch.uint8), source, group=ring.group)
+            dist.broadcast(piece.view(-1).view(torch.uint8), source, group=ring.everyone)
         yield at, piece
 
 

@@ -46,6 +46,7 @@ class Lockstep:
     """The digest of one rank, comparable with those of the other ranks of ``group``."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
         self._rank = group.rank()
         self._world_size = group.size()
         if self._world_size > 1:

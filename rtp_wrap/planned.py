@@ -78,6 +78,7 @@ class PlannedParameter:
 class Plan:
     """What wrapping does to a model on ``world_size`` ranks; immutable. All sizes are bytes.
 
+    These are the ranks of a ring. Of such rings there are ``replicas``, with the same shards each.
     ``parameters`` are in registration order. A plan that was made with example inputs also has
     ``sites`` (execution order), ``pairs``, ``outside`` (parameters and buffers that are used
     outside of their module), ``opaque`` (sites that the trace could not look into, and why), and
@@ -90,6 +91,7 @@ class Plan:
     transport: str
     inplace: bool
     mixed_precision: MixedPrecisionPolicy
+    replicas: int = 1
     sites: tuple[Site, ...] | None = None
     pairs: tuple[Pair, ...] = field(default=(), compare=False)
     outside: tuple[str, ...] = ()
@@ -130,6 +132,7 @@ class Plan:
             self.transport,
             not self.inplace,
             self.mixed_precision,
+            self.replicas,
         )
         total, shape, dtype = Traffic(), parameter.shape, parameter.dtype
         trained = parameter.requires_grad
@@ -179,6 +182,7 @@ class Plan:
             mixed_precision=MixedPrecisionPolicy(
                 **{k: _dtype_of(v) for k, v in data["mixed_precision"].items()}
             ),
+            replicas=data["replicas"],
             sites=None if data["sites"] is None else tuple(Site(**each) for each in data["sites"]),
             outside=tuple(data["outside"]),
             opaque=tuple(data["opaque"]),

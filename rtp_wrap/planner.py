@@ -57,9 +57,11 @@ def plan(
     mixed_precision: MixedPrecisionPolicy | FSDP2MixedPrecisionPolicy | None = None,
     inplace: bool = False,
     example_inputs: Any = None,
+    replicas: int = 1,
 ) -> Plan:
     """What ``RotatedTensorParallel(model, ...)`` will do on ``world_size`` ranks.
 
+    Or, with a 2-D mesh, in each of ``replicas`` rings of so many.
     Needs no process group, and no memory for the model: build it on the meta device.
     ``example_inputs`` is a tensor, a tuple of arguments or a dictionary of keyword arguments of one
     rank's forward (their values do not matter, meta tensors do); with it the model's code runs once
@@ -68,21 +70,22 @@ def plan(
     Raises what the wrapper would raise for the model, the policy and the staging, and what the
     model's own code raises when it asks a fake tensor for its value.
     """
-    if world_size < 1:
-        raise ValueError(f"world_size={world_size}: give a number of ranks of at least 1")
+    for name, number in (("world_size", world_size), ("replicas", replicas)):
+        if number < 1:
+            raise ValueError(f"{name}={number}: give a number of at least 1")
     policy = ShardingPolicy.of(policy)
     precision = MixedPrecisionPolicy.of(mixed_precision)
     check_module(model)
     assignments = assign(model, policy)
-    check_uses(assignments, world_size)
+    check_uses(assignments, world_size * replicas)
     transports = likely(wanted(policy.transport), world_size)
-    made = plan_of(assignments, world_size, policy, precision, inplace, transports)
+    made = plan_of(assignments, (replicas, world_size), policy, precision, inplace, transports)
     return made if example_inputs is None else traced(made, model, example_inputs)
 
 
 def plan_of(
     assignments: list[Assignment],
-    world_size: int,
+    ranks: tuple[int, int],
     policy: ShardingPolicy,
     precision: MixedPrecisionPolicy,
     inplace: bool,
@@ -90,10 +93,12 @@ def plan_of(
 ) -> Plan:
     """The plan of parameters that have their strategies, without what a trace would tell.
 
+    ``ranks`` are so many rings of so many.
     It has the first of ``transports`` whose staging holds one kernel of every rotated weight; if
     none does, ``ValueError``.
     """
     parameters = tuple(_planned(each) for each in assignments)
+    replicas, world_size = ranks
     for transport in transports:
         default = INPLACE_STAGING_BYTES if inplace else _DEFAULTS[transport]
         limit = policy.staging_bytes or default
@@ -113,11 +118,12 @@ def plan_of(
         transport=transport,
         inplace=inplace,
         mixed_precision=precision,
+        replicas=replicas,
     )
 
 
 def check_given(
-    plan: object, world_size: int, policy: object, mixed_precision: object, inplace: bool
+    plan: object, ranks: tuple[int, int], policy: object, mixed_precision: object, inplace: bool
 ) -> None:
     """Raise for a plan that is none, is for another number of ranks, or has company."""
     if not isinstance(plan, Plan):
@@ -126,11 +132,17 @@ def check_given(
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"give either plan or {name}, which is part of the plan")
-    if plan.world_size != world_size:
+    if (plan.replicas, plan.world_size) != ranks:
+        replicas, world_size = ranks
         raise ValueError(
-            f"the plan was made for {plan.world_size} ranks, but the group has {world_size}: call "
-            f"rtp_wrap.plan(model, world_size={world_size}, ...)"
+            f"the plan was made for {_rings(plan.replicas)} of {plan.world_size} ranks, but there "
+            f"{'is' if replicas == 1 else 'are'} {_rings(replicas)} of {world_size}: call "
+            f"rtp_wrap.plan(model, world_size={world_size}, replicas={replicas}, ...)"
         )
+
+
+def _rings(replicas: int) -> str:
+    return "one ring" if replicas == 1 else f"{replicas} rings"
 
 
 def follow(model: nn.Module, plan: Plan) -> list[Assignment]:

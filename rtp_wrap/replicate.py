@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.gradient import Gradient, deliver
 from rtp_wrap.profiling import profiler_range
+from rtp_wrap.replicas import average_over
 from rtp_wrap.ring import Ring
 from rtp_wrap.shard import dtensor_like
 from rtp_wrap.written import WriteCheck
@@ -143,8 +143,5 @@ def _mean(bucket: _Bucket, ring: Ring) -> list[torch.Tensor]:
     parts = list(flat.split(sizes))
     # One kernel for very many copies, casts included, as FSDP2 fills its buffers.
     torch._foreach_copy_(parts, grads)
-    if ring.world_size > 1:
-        before = ring.world_size if flat.itemsize < 4 else 1  # where a sum could overflow
-        dist.all_reduce(flat.div_(before), group=ring.group)
-        flat.div_(ring.world_size // before)
+    average_over(ring.everyone, flat)
     return parts

@@ -26,7 +26,9 @@ from rtp_wrap import assigned
 from rtp_wrap.anomaly import let_anomalies_be_detected
 from rtp_wrap.engine import running_backward
 from rtp_wrap.lockstep import Lockstep, OutOfStepError
+from rtp_wrap.mesh import everyone_in, ring_of
 from rtp_wrap.policy import MixedPrecisionPolicy
+from rtp_wrap.replicas import Replicas
 from rtp_wrap.streams import current_stream
 from rtp_wrap.transport import PeerTransport, PointToPoint, Staging, open_memory
 
@@ -57,8 +59,9 @@ def resolve(key: str) -> Ring:
 
 
 class Ring:
-    """The ranks of a 1-D ``mesh`` as a ring.
+    """The ranks of a 1-D ``mesh`` as a ring, or those of a row of a 2-D one.
 
+    The rows of that are rings of their own, with the same shards: they replicate each other.
     ``overlap=False`` makes hops take turns with the computation: less staging, no concurrency.
     ``precision`` holds for every site of the wrapped model. ``lockstep`` is that of the same ranks,
     if they have one already. Tiles can move once the ring was ``open``ed.
@@ -68,6 +71,8 @@ class Ring:
     staging: Staging
     transport: PointToPoint
     peers: PeerTransport | None = None
+    #: Who has the same shards in other rings; ``None`` where there is one ring.
+    replicas: Replicas | None = None
     #: The memory for tiles in flight, by either.
     staging_bytes: int = 0
 
@@ -80,14 +85,22 @@ class Ring:
         precision: MixedPrecisionPolicy = _AS_GIVEN,
         lockstep: Lockstep | None = None,
     ) -> None:
+        #: That on which the parameters are DTensors.
         self.mesh = mesh
+        #: That of this ring alone.
+        self.own_mesh = ring_of(mesh)
         self.precision = precision
-        self.group: dist.ProcessGroup = mesh.get_group()
+        self.group: dist.ProcessGroup = self.own_mesh.get_group()
         self.rank = self.group.rank()
         self.world_size = self.group.size()
         self.device = device
         self.overlap = overlap
-        self.lockstep = Lockstep(self.group) if lockstep is None else lockstep
+        self.lockstep = Lockstep(everyone_in(mesh)) if lockstep is None else lockstep
+        #: The ranks of all rings, and which of them this is.
+        self.everyone = self.lockstep.group
+        self.place = self.everyone.rank()
+        if mesh.ndim == 2:
+            self.replicas = Replicas(mesh.get_group(0), device, overlap=overlap)
         self.frames = Frames()
         #: Weights that were gathered for the backward of a module, by what asked for them.
         self.regathered: tuple[object, dict[tuple[int, torch.dtype], torch.Tensor]] | None = None
@@ -101,7 +114,7 @@ class Ring:
         self._stream: torch.cuda.Stream | None = None
         _rings[self.key] = self
         _watch_optimizers()
-        let_anomalies_be_detected(mesh)
+        let_anomalies_be_detected(self.own_mesh)
 
     def open(self, transport: str, staging_bytes: int) -> None:
         """Get memory for tiles, ``staging_bytes`` of it; all ranks call this together."""
@@ -142,7 +155,7 @@ class Ring:
 
     def not_answered(self, event: str, hop: int) -> RuntimeError:
         """The error of a rank that others did not meet in a rotation."""
-        failed = f"{event}: hop {hop} failed on rank {self.rank}"
+        failed = f"{event}: hop {hop} failed on rank {self.place}"
         difference = self.lockstep.difference_after(failed)
         if difference is not None:
             return OutOfStepError(f"{failed}: {difference}")
@@ -161,8 +174,8 @@ class Ring:
         if not self._forward.acquire(blocking=False):
             raise RuntimeError(
                 f"{fqn or 'the model'} was called while another thread is in a forward of the same "
-                f"wrapped model: the {self.world_size} ranks could not tell whose tiles are whose. "
-                f"Use the model in one thread at a time, from forward to backward"
+                f"wrapped model: the {self.everyone.size()} ranks could not tell whose tiles are "
+                f"whose. Use the model in one thread at a time, from forward to backward"
             )
         if self.peers is not None:
             self.peers.begin_forward()

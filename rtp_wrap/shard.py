@@ -151,8 +151,8 @@ def contiguous_stride(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def sharded_dim(weight: DTensor) -> int:
-    """The dimension along which a weight on a 1-D mesh is sharded."""
-    (placement,) = weight.placements
+    """The dimension along which a weight is sharded, by the last dimension of its mesh."""
+    placement = weight.placements[-1]
     assert isinstance(placement, Shard)
     return placement.dim
 

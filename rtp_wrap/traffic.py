@@ -10,6 +10,10 @@ the accumulators' dtype, a rank sends
                 all-gather and reduce-scatter, whose messages are the backend's
     Replicate   2 (N-1)/N G: ring all-reduce
 
+Where R rings replicate each other, each rank averages what it owns of the gradients of Rotate and
+Gather, G/N, with the others: 2 (R-1)/R G/N by ring all-reduce. Those of Replicate are averaged over
+all R N ranks.
+
 Rows of an embedding that are read where they lie (see ``ops.lookup``) depend on the batch: what is
 counted is the whole table, and all ranks together send no more than that.
 
@@ -54,14 +58,16 @@ class Network:
     transport: str
     overlap: bool
     precision: MixedPrecisionPolicy
+    replicas: int = 1
 
     def rotate(
         self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, dgrad: bool, wgrad: bool
     ) -> Traffic:
         compute = self.precision.compute_dtype(dtype)
-        if self.transport == "peer":
-            return self._pulled(shape, dim, compute, 1 + dgrad, wgrad)
         sums = self.precision.accumulator_dtype(dtype)
+        if self.transport == "peer":
+            total = self._pulled(shape, dim, compute, 1 + dgrad, wgrad)
+            return total + self._between_rings(shape, dim, sums, wgrad)
         total = self._lane(shape, dim, compute, self._cut(compute, 2), staying=self.rank - 1)
         if dgrad or wgrad:
             slots, widest = backward_slots(
@@ -72,7 +78,13 @@ class Network:
                 total += self._lane(shape, dim, compute, cut, staying=self.rank - 1)
             if wgrad:
                 total += self._lane(shape, dim, sums, cut, staying=self.rank)
-        return total
+        return total + self._between_rings(shape, dim, sums, wgrad)
+
+    def _between_rings(
+        self, shape: tuple[int, ...], dim: int, sums: torch.dtype, wgrad: bool
+    ) -> Traffic:
+        own = math.prod(local_shape(shape, dim, self.world_size, self.rank)) * sums.itemsize
+        return Traffic(0, round(2 * (self.replicas - 1) * own / self.replicas) if wgrad else 0)
 
     def _pulled(
         self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, weights: int, wgrad: bool
@@ -92,17 +104,20 @@ class Network:
     def gather(
         self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, dgrad: bool, wgrad: bool
     ) -> Traffic:
+        sums = self.precision.accumulator_dtype(dtype)
         # The backend pads to the largest, rank 0's.
         largest = math.prod(local_shape(shape, dim, self.world_size, 0))
         sent = largest * self.precision.compute_dtype(dtype).itemsize * (2 if dgrad else 1)
         if wgrad:
-            sent += largest * self.precision.accumulator_dtype(dtype).itemsize
-        return Traffic(0, sent * (self.world_size - 1))
+            sent += largest * sums.itemsize
+        between = self._between_rings(shape, dim, sums, wgrad)
+        return Traffic(0, sent * (self.world_size - 1)) + between
 
     def replicate(self, shape: tuple[int, ...], dtype: torch.dtype, trained: bool) -> Traffic:
         sums = self.precision.average_dtype(dtype)
-        share = math.prod(shape) * sums.itemsize / self.world_size
-        return Traffic(0, round(2 * (self.world_size - 1) * share) if trained else 0)
+        ranks = self.world_size * self.replicas
+        share = math.prod(shape) * sums.itemsize / ranks
+        return Traffic(0, round(2 * (ranks - 1) * share) if trained else 0)
 
     def _cut(self, dtype: torch.dtype, slots: int) -> int:
         """How many elements of ``dtype`` a tile may have."""

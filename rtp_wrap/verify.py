@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -132,44 +131,6 @@ def _held(
             yield from _held(each, f"{path}[{key!r}]", registered, seen, depth - 1)
     else:
         yield path, value
-
-
-def mesh_of(group: dist.ProcessGroup | None, mesh: DeviceMesh | None) -> DeviceMesh:
-    """The 1-D mesh to shard over: ``mesh``, one of the ranks of ``group``, or one of all ranks.
-
-    Raises ``RuntimeError`` without a process group, and ``ValueError`` or ``TypeError`` for a group
-    or mesh that cannot be used, or that this rank is not in.
-    """
-    if not dist.is_initialized():
-        raise RuntimeError(
-            "RotatedTensorParallel needs a process group: start with torchrun and call "
-            "torch.distributed.init_process_group() before wrapping"
-        )
-    if mesh is not None:
-        if group is not None:
-            raise ValueError("give either group or mesh, not both")
-        if not isinstance(mesh, DeviceMesh):
-            raise TypeError(f"mesh is a {type(mesh).__name__}, not a DeviceMesh")
-        if mesh.ndim != 1:
-            raise ValueError(
-                f"mesh has the dimensions {mesh.mesh_dim_names or mesh.shape}: give the 1-D slice "
-                f'to shard over, for example mesh["rtp"]'
-            )
-        if mesh.get_coordinate() is None:
-            raise ValueError(f"rank {dist.get_rank()} is not in the mesh: wrap on its ranks only")
-        return mesh
-    group = group if group is not None else dist.group.WORLD
-    outside: object = dist.GroupMember.NON_GROUP_MEMBER
-    if group is outside:
-        raise ValueError(f"rank {dist.get_rank()} is not in the group: wrap on its ranks only")
-    if not isinstance(group, dist.ProcessGroup):
-        hint = ": give it as mesh=" if isinstance(group, DeviceMesh) else ""
-        raise TypeError(f"group is a {type(group).__name__}, not a ProcessGroup{hint}")
-    on_cuda = torch.cuda.is_available() and "nccl" in str(dist.get_backend_config(group))
-    # Named after the group: torch takes meshes of the same ranks and names for one, and remembers
-    # them, so that a DTensor could end up with the mesh of another (or a destroyed) group.
-    name = f"rtp:{group.group_name}"
-    return DeviceMesh.from_group(group, "cuda" if on_cuda else "cpu", mesh_dim_names=(name,))
 
 
 def device_of(mesh: DeviceMesh, assignments: list[Assignment]) -> torch.device:

@@ -18,6 +18,7 @@ from rtp_wrap.assign import Assignment, assign
 from rtp_wrap.home import settle_model
 from rtp_wrap.lockstep import Lockstep
 from rtp_wrap.materialise import BUILD_ANEW, ParamInitFn, check_initialisable
+from rtp_wrap.mesh import everyone_in, mesh_of, rings_in
 from rtp_wrap.modules import Adoption, adopt, form_of, has_own_statistics, precision_of
 from rtp_wrap.names import own_names
 from rtp_wrap.planned import Plan
@@ -34,7 +35,6 @@ from rtp_wrap.verify import (
     check_same_everywhere,
     check_uses,
     device_of,
-    mesh_of,
 )
 
 #: What the wrapper has in common with the wrapped model: the same dictionaries.
@@ -74,7 +74,9 @@ class RotatedTensorParallel(nn.Module):
     ``inplace``
         least staging: transfers do not overlap with the computation.
     ``mesh``
-        a 1-D ``DeviceMesh`` (or a 1-D slice of a larger one) instead of ``group``.
+        a ``DeviceMesh``, or a slice of a larger one, instead of ``group``. A 1-D one is a ring. The
+        rows of a 2-D one, whose dimensions have names, are rings with the same shards each, and
+        average gradients with each other (FSDP2's hybrid sharding): N is their length then.
     ``policy``
         a ``ShardingPolicy``, or just its rules.
     ``mixed_precision``
@@ -85,8 +87,8 @@ class RotatedTensorParallel(nn.Module):
         Default: ``module.reset_parameters()``; modules without it (``nn.MultiheadAttention`` is
         one) are an error.
     ``plan``
-        what ``rtp_wrap.plan`` made for this model and number of ranks, instead of ``policy``,
-        ``mixed_precision`` and ``inplace``, which are part of it.
+        what ``rtp_wrap.plan`` made for this model and these numbers of ranks, instead of
+        ``policy``, ``mixed_precision`` and ``inplace``, which are part of it.
 
     A model on the meta device gets its values here, one module at a time: no device ever has the
     whole weights of two modules. While a module is initialised its own parameters and buffers have
@@ -125,7 +127,7 @@ class RotatedTensorParallel(nn.Module):
     ) -> None:
         mesh = mesh_of(group, mesh)
         # Before anything that may raise on one rank alone, whose error the others are to get.
-        lockstep = Lockstep(mesh.get_group())
+        lockstep = Lockstep(everyone_in(mesh))
         with lockstep.together("wrapping", SAME_MODEL):
             check_module(module)
             check_init_fn(param_init_fn)
@@ -133,7 +135,7 @@ class RotatedTensorParallel(nn.Module):
             if plan is None:
                 assignments, transport = assign(module, rules), wanted(rules.transport)
             else:
-                check_given(plan, mesh.size(), policy, mixed_precision, inplace)
+                check_given(plan, rings_in(mesh), policy, mixed_precision, inplace)
                 assignments, transport = follow(module, plan), plan.transport
                 inplace, precision = plan.inplace, plan.mixed_precision
             check_uses(assignments, mesh.size())
@@ -142,9 +144,9 @@ class RotatedTensorParallel(nn.Module):
             ring = Ring(mesh, device, overlap=not inplace, precision=precision, lockstep=lockstep)
             staging = f"staging of {(plan or rules).staging_bytes} bytes, transport={transport}"
             check_same_everywhere(module, assignments, ring, staging, param_init_fn)
-            transports = candidates(transport, ring.group, device)
+            transports = candidates(transport, ring.group, device, ring.everyone)
             if plan is None:
-                plan = plan_of(assignments, mesh.size(), rules, precision, inplace, transports)
+                plan = plan_of(assignments, rings_in(mesh), rules, precision, inplace, transports)
             check_initialisable(module, assignments, param_init_fn)
         # Peers meet over the group itself there, where nobody hears of a mistake made before.
         with lockstep.together("allocation of the staging", SAME_MODEL):

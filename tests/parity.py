@@ -41,9 +41,9 @@ def fulls(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     for index, tensor in enumerate(wholes):
         if not isinstance(tensor, DTensor):
             continue
-        (placement,) = tensor.placements
+        placement, mesh = tensor.placements[-1], tensor.device_mesh
         if isinstance(placement, Shard) and tensor.is_cpu and not tensor.requires_grad:
-            by_group[tensor.device_mesh.get_group()].append((index, placement.dim))
+            by_group[mesh.get_group(mesh.ndim - 1)].append((index, placement.dim))
         else:
             wholes[index] = tensor.full_tensor()
     # Not ``full_tensor`` in a row: Gloo corrupts the heap by it (see ``rtp_wrap.gather``).

@@ -44,7 +44,7 @@ def run(*arguments: str, server: bool = False) -> scripts.Done:
 
 
 def test_a_run_on_cpu(tmp_path: Path) -> None:
-    strategies = ["single", "dp", "fsdp", "rtp"]
+    strategies = ["single", "dp", "fsdp", "rtp", "fsdp-hybrid", "rtp-hybrid"]
     options = ("--rounds", "2", "--steps", "2", "--warmup", "1", "--seq-len", "16")
     done = run("--strategies", *strategies, *options, "--out", str(tmp_path))
     assert done.code == 0, done.output + done.errors
@@ -302,6 +302,18 @@ def test_what_is_sent_is_what_the_formulas_say() -> None:
         for strategy, model, setting in CASES:
             each = Trial(strategy, model, 1, 8, setting, SIZES[model], steps=2, warmup=0)
             assert crew.run(sent_by, each)[0] == sent.per_step(each, 2), each
+
+
+@pytest.mark.parametrize("name", ["fsdp", "rtp"])
+def test_what_hybrids_send(name: str) -> None:
+    """In each of two rings of two what two ranks send, and a rank's half of the gradients."""
+    each = Trial(name, "llama-tiny", 1, 8, CHECKPOINTED)
+    hybrid = replace(each, strategy=f"{name}-hybrid")
+    model = each.spec().build()
+    halves = sum(p.numel() for p in model.parameters() if p.dim() > 1 or name == "fsdp") // 2
+    norms = sum(p.numel() for p in model.parameters()) - 2 * halves
+    between = 4 * (halves + (2 * 3 / 4 - 2 * 1 / 2) * norms)  # all-reduced by four, not by two
+    assert sent.per_step(hybrid, 4) == sent.per_step(each, 2) + between
 
 
 def test_what_is_sent_alone_and_by_an_unknown_strategy() -> None:

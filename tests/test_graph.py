@@ -16,10 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from rtp_wrap import RotatedTensorParallel, ShardingPolicy
 from tests.parity import mean_square
-from tests.ranks import DEVICE_TYPE, device, multi_world_sizes, run_ranks
+from tests.ranks import DEVICE_TYPE, WORLD_SIZES, device, multi_world_sizes, run_ranks
 
 pytestmark = pytest.mark.skipif(DEVICE_TYPE != "cuda", reason="graphs are CUDA's")
 
@@ -94,13 +95,23 @@ def _model(layers: int, width: int) -> nn.Module:
     return nn.Sequential(*parts).to(device())
 
 
-def _check(program: Program, layers: int, width: int = WIDE, inplace: bool = False) -> None:
+def _check(
+    program: Program,
+    layers: int,
+    width: int = WIDE,
+    inplace: bool = False,
+    rings: int | None = None,
+) -> None:
     """What ``program`` yields with and without graphs, and the weights it ends with."""
     policy = ShardingPolicy(replicate_below=2 * width, transport="peer", staging_bytes=STAGING)
     original = _model(layers, width)
+    mesh = None
+    if rings is not None:
+        shape = rings, dist.get_world_size() // rings
+        mesh = init_device_mesh(DEVICE_TYPE, shape, mesh_dim_names=("replicate", "rotate"))
     results = []
     for graphs in (False, True):
-        model = RotatedTensorParallel(deepcopy(original), policy=policy, inplace=inplace)
+        model = RotatedTensorParallel(deepcopy(original), mesh=mesh, policy=policy, inplace=inplace)
         capture = Capture(graphs=graphs)
         results.append([*program(model, capture, width), *_home(model)])
         torch.cuda.synchronize()
@@ -185,6 +196,17 @@ def test_a_captured_step_is_the_eager_one(world_size: int, layers: int, width: i
 @multi_world_sizes
 def test_a_captured_step_is_the_eager_one_in_place(world_size: int) -> None:
     run_ranks(world_size, _check, _train, 3, WIDE, inplace=True)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "rings"),
+    [shape for shape in ((2, 1), (2, 2), (4, 2)) if shape[0] in WORLD_SIZES],
+)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_captured_step_of_rings_is_the_eager_one(
+    world_size: int, rings: int, inplace: bool
+) -> None:
+    run_ranks(world_size, _check, _train, 3, WIDE, inplace=inplace, rings=rings)
 
 
 def _infer(model: RotatedTensorParallel, capture: Capture, width: int) -> Iterator[torch.Tensor]:

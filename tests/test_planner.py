@@ -176,8 +176,10 @@ def test_example_inputs_come_as_a_tensor_a_tuple_or_a_dictionary() -> None:
 
 
 def test_wrong_arguments_are_errors() -> None:
-    with pytest.raises(ValueError, match=r"world_size=0: give a number of ranks"):
+    with pytest.raises(ValueError, match=r"world_size=0: give a number of at least 1"):
         _plan(world_size=0)
+    with pytest.raises(ValueError, match=r"replicas=0: give a number of at least 1"):
+        _plan(replicas=0)
     with pytest.raises(ValueError, match=r"did you mean"):
         _plan(policy={"gatherd": Gather()})
     with pytest.raises(RuntimeError, match=r"a and b must have same reduction dim|shapes"):
@@ -237,7 +239,12 @@ def _check_refused() -> None:
     refused("give either plan or mixed_precision", mixed_precision=MixedPrecisionPolicy())
     refused("give either plan or inplace", inplace=True)
     other = rtp_wrap.plan(Model(), world_size=world_size + 1)
-    refused(rf"made for {world_size + 1} ranks, but the group has {world_size}", plan=other)
+    refused(
+        rf"made for one ring of {world_size + 1} ranks, but there is one ring of {world_size}: ",
+        plan=other,
+    )
+    other = rtp_wrap.plan(Model(), world_size=world_size, replicas=2)
+    refused(rf"made for 2 rings of {world_size} ranks, .*replicas=1, ", plan=other)
     larger = Model()
     larger.norm = nn.LayerNorm((3, 10))
     refused(r"norm\.weight of shape \(3, 10\).*the plan has .*\(10,\)", model=larger)

@@ -415,9 +415,9 @@ def _arguments() -> None:
         _unchanged(model, lambda: RotatedTensorParallel(model, *args, **kwargs), error, match)
 
     mesh = init_device_mesh(DEVICE_TYPE, (world_size,))
-    square = init_device_mesh(DEVICE_TYPE, (1, world_size), mesh_dim_names=("dp", "rtp"))
+    cube = init_device_mesh(DEVICE_TYPE, (1, 1, world_size), mesh_dim_names=("pp", "dp", "rtp"))
     check(ValueError, "either group or mesh", dist.group.WORLD, mesh=mesh)
-    check(ValueError, r"\('dp', 'rtp'\).*1-D slice", mesh=square)
+    check(ValueError, r"\('pp', 'dp', 'rtp'\): give the slice", mesh=cube)
     check(TypeError, r"group is a DeviceMesh.*mesh=", mesh)
     check(TypeError, "group is a str, not a ProcessGroup", "gloo")
     check(TypeError, "mesh is a ProcessGroup", mesh=dist.group.WORLD)

@@ -13,6 +13,9 @@ dtype that is reduced in, with ring algorithms:
                     transformer, which adds positions to whole sequences, it is an all-reduce and an
                     all-gather). The loss all-reduces three numbers per token.
     rtp             what rtp_wrap's plan says of rank 0: (N-1)/N (2 B + G) where all are rotated
+    fsdp-hybrid     in R rings of N/R ranks: the same as fsdp within a ring, and an all-reduce of
+                    what a rank owns of the gradients: 2 (R-1)/R G R/N
+    rtp-hybrid      what rtp_wrap's plan says of rank 0 of such rings
 
 Checkpointed blocks rotate once more; tensor parallel ones communicate as in forward once more, but
 for the last sum where nothing in the block needs it. FSDP2 pads weights to a multiple of N rows.
@@ -25,7 +28,7 @@ import torch
 from torch import nn
 
 import llama
-from harness.strategies import STRATEGIES, rtp_options
+from harness.strategies import RINGS, STRATEGIES, rtp_options
 from harness.trial import Trial
 from rtp_wrap import Rotate, plan
 
@@ -41,23 +44,26 @@ def per_step(trial: Trial, ranks: int) -> int:
     if trial.strategy == "dp":
         gradients = sum(parameter.nbytes for parameter in model.parameters())
         return 2 * (ranks - 1) * gradients // ranks
-    if trial.strategy in ("fsdp", "fsdp-root"):
+    if trial.strategy in ("fsdp", "fsdp-root", "fsdp-hybrid"):
         return _fsdp2(trial, model, ranks)
     if trial.strategy == "tp":
         return _tensor_parallel(trial, ranks)
-    if trial.strategy in ("rtp", "rtp-graph", "rtp-ring", "rtp-inplace"):
+    if trial.strategy in ("rtp", "rtp-graph", "rtp-ring", "rtp-inplace", "rtp-hybrid"):
         return _rtp(trial, model, ranks)
     raise ValueError(f"no formula for {trial.strategy!r}; there are {', '.join(STRATEGIES)}")
 
 
 def _fsdp2(trial: Trial, model: nn.Module, ranks: int) -> int:
     weight, gradient = trial.setting.compute_dtype.itemsize, trial.setting.dtype.itemsize
+    rings = RINGS if trial.strategy == "fsdp-hybrid" else 1
+    ranks //= rings
     sent = 0
     for name, parameter in model.named_parameters():
         rows, *rest = parameter.shape
         shard = -(-rows // ranks) * torch.Size(rest).numel()
-        gathers = 2 if trial.strategy == "fsdp" and name.startswith("blocks.") else 1
+        gathers = 1 if trial.strategy == "fsdp-root" or not name.startswith("blocks.") else 2
         sent += (ranks - 1) * shard * (gathers * weight + gradient)
+        sent += 2 * (rings - 1) * shard * gradient // rings
     return sent
 
 
@@ -77,8 +83,10 @@ def _tensor_parallel(trial: Trial, ranks: int) -> int:
 
 def _rtp(trial: Trial, model: nn.Module, ranks: int) -> int:
     inplace = trial.strategy == "rtp-inplace"
+    rings = RINGS if trial.strategy == "rtp-hybrid" else 1
+    ranks //= rings
     options = rtp_options(trial.setting, "ring" if trial.strategy == "rtp-ring" else "auto")
-    planned = plan(model, world_size=ranks, inplace=inplace, **options)
+    planned = plan(model, world_size=ranks, replicas=rings, inplace=inplace, **options)
     sent = planned.total_traffic().nbytes
     if trial.setting.checkpointing:
         again = [

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy as FSDP2MixedPrecisionPolicy
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import loss_parallel
@@ -63,6 +63,9 @@ class Setting:
         """Of what products multiply."""
         return torch.bfloat16 if self.mixed else self.dtype
 
+
+#: Of the hybrid strategies: halves of the machine that replicate each other, as hosts would.
+RINGS = 2
 
 Prepare = Callable[[nn.Module, Setting, torch.device], nn.Module]
 
@@ -124,12 +127,27 @@ def _ddp(model: nn.Module, setting: Setting, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
+def _rings(device: torch.device, rings: int) -> DeviceMesh:
+    """All ranks, in so many rings; 2-D if they are several."""
+    world_size = dist.get_world_size()
+    if rings == 1:
+        return init_device_mesh(device.type, (world_size,))
+    if world_size % rings:
+        raise ValueError(f"{world_size} ranks are not {rings} rings of equal length")
+    shape = rings, world_size // rings
+    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
 def _fsdp2(
-    model: nn.Module, setting: Setting, device: torch.device, per_block: bool = True
+    model: nn.Module,
+    setting: Setting,
+    device: torch.device,
+    per_block: bool = True,
+    rings: int = 1,
 ) -> nn.Module:
     # What the root returns is a view of the head's product, which nobody writes to.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = _rings(device, rings)
     policy = FSDP2MixedPrecisionPolicy()
     if setting.mixed:
         policy = FSDP2MixedPrecisionPolicy(torch.bfloat16, torch.float32)
@@ -158,11 +176,13 @@ def _rtp(
     device: torch.device,
     inplace: bool = False,
     transport: str = "auto",
+    rings: int = 1,
 ) -> nn.Module:
     names = {module: fqn for fqn, module in model.named_modules()}
     return RotatedTensorParallel(
         model,
         inplace=inplace,
+        mesh=None if rings == 1 else _rings(device, rings),
         param_init_fn=lambda module: initialise(module, names[module]),
         **rtp_options(setting, transport),
     )
@@ -183,10 +203,12 @@ _ALL = (
     Strategy("dp", "DDP", _ddp, autocast=True),
     Strategy("fsdp-root", "FSDP2, root only", functools.partial(_fsdp2, per_block=False)),
     Strategy("fsdp", "FSDP2 per block", _fsdp2),
+    Strategy("fsdp-hybrid", "FSDP2 per block, two rings", functools.partial(_fsdp2, rings=RINGS)),
     Strategy("tp", "DTensor TP + SP", _tensor_parallel, shares_batch=True, autocast=True),
     Strategy("rtp", "rtp_wrap", _rtp),
     Strategy("rtp-graph", "rtp_wrap, a step as one CUDA graph", _rtp, graphed=True),
     Strategy("rtp-ring", "rtp_wrap, by hops", functools.partial(_rtp, transport="ring")),
     Strategy("rtp-inplace", "rtp_wrap, in place", functools.partial(_rtp, inplace=True)),
+    Strategy("rtp-hybrid", "rtp_wrap, two rings", functools.partial(_rtp, rings=RINGS)),
 )
 STRATEGIES = {strategy.name: strategy for strategy in _ALL}

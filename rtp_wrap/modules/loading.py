@@ -14,7 +14,7 @@ def own_part(whole: torch.Tensor, parameter: DTensor, ring: Ring) -> DTensor:
 
     Copied out, so that of a memory-mapped checkpoint each rank reads what it owns.
     """
-    (placement,) = parameter.placements
+    placement = parameter.placements[-1]
     part = whole.detach()
     if isinstance(placement, Shard):
         start, stop = extent(whole.shape[placement.dim], ring.world_size, ring.rank)

@@ -30,7 +30,7 @@ class AdoptedNorm(Adopted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adoption = self._adoption
-        if adoption is not None and adoption.ring.world_size > 1:
+        if adoption is not None and adoption.ring.everyone.size() > 1:
             if self._has_own_statistics:
                 self._take_statistics_of_rank_0(adoption)
             vars(self)["_has_own_statistics"] = self.training
@@ -43,7 +43,8 @@ class AdoptedNorm(Adopted):
         buffers = sorted(self.buffers(recurse=False), key=lambda each: -each.itemsize)
         with torch.no_grad():
             message = torch.cat([each.reshape(-1).view(torch.uint8) for each in buffers])
-            dist.broadcast(message, dist.get_global_rank(ring.group, 0), group=ring.group)
+            source = dist.get_global_rank(ring.everyone, 0)
+            dist.broadcast(message, source, group=ring.everyone)
             parts = message.split([each.nbytes for each in buffers])
             for each, part in zip(buffers, parts, strict=True):
                 # Past the version counter, as torch's own kernels write statistics: a backward that

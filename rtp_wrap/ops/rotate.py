@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.distributed.tensor import DTensor
 
+from rtp_wrap.collective import over_replicas
 from rtp_wrap.gradient import Gradient
 from rtp_wrap.ops import hop, pull
 from rtp_wrap.ops.products import Product, Reader, WeightGradient
@@ -81,7 +82,7 @@ def rotate_backward(
     if dw is None:
         return None
     ready = None if ring.peers is None or not weight.numel() else ring.peers.averaged()
-    return Gradient(dtensor_like(dw, weight), ready)
+    return over_replicas(Gradient(dtensor_like(dw, weight), ready), ring, fqn)
 
 
 def in_layers_dtype(

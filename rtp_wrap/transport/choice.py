@@ -52,23 +52,31 @@ def wanted(transport: str) -> str:
     return _PREFER_PEER if preferred == "peer" else preferred
 
 
-def candidates(transport: str, group: dist.ProcessGroup, device: torch.device) -> tuple[str, ...]:
+def candidates(
+    transport: str,
+    group: dist.ProcessGroup,
+    device: torch.device,
+    everyone: dist.ProcessGroup | None = None,
+) -> tuple[str, ...]:
     """The transports that ``group`` can use for what is ``wanted``, the best first.
 
-    All ranks call this together, and get the same. ``"auto"`` is ``"peer"`` where every rank has a
-    GPU of its own, on one host, that can read those of all others. Raises ``ValueError`` on every
-    rank if ``"peer"`` is wanted where it cannot be.
+    All ranks call this together, of ``everyone`` if that has several such groups, and get the same.
+    ``"auto"`` is ``"peer"`` where every rank has a GPU of its own, on the host of its group,
+    that can read those of all others there. Raises ``ValueError`` on every rank if ``"peer"`` is
+    wanted where it cannot be.
     """
     if group.size() == 1 or transport == "ring":
         return ("ring",)
     if transport == "auto" and device.type != "cuda":
         return ("ring",)
     obstacle = _obstacle(_exchanged(_facts(device), group), on_gpus=device.type == "cuda")
+    if everyone is not None and everyone is not group:
+        obstacle = next(filter(None, _exchanged(obstacle, everyone)), "")
     if not obstacle:
         return ("peer",) if transport == "peer" else ("peer", "ring")
     if transport == "peer":
         raise ValueError(f"transport='peer' cannot be used: {obstacle}; use 'auto'")
-    if group.rank() == 0:
+    if dist.get_rank(everyone or group) == 0:
         log.info("transport 'ring', not 'peer': %s", obstacle)
     return ("ring",)
 
