@@ -417,10 +417,10 @@ def _check_experts() -> None:
     y = wrapped(x.requires_grad_(), which)
     with events() as seen:
         y.sum().backward()
-    assert Counter(event.partition(" ")[2] for event in seen) == {
-        "gather for backward": 2,
-        "reduce-scatter": 2,
-    }
+    counts = Counter(event.partition(" ")[2] for event in seen)
+    # One rank has what it gathers.
+    assert counts["gather for backward"] == (2 if dist.get_world_size() > 1 else 0)
+    assert counts["reduce-scatter"] == counts.total() - counts["gather for backward"] == 2
 
 
 @all_world_sizes

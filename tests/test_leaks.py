@@ -18,6 +18,7 @@ from rtp_wrap import RotatedTensorParallel, ShardingPolicy
 from tests.data import own_batch, whole_batch
 from tests.parity import compare_gradients, compare_weights, mean_square, sgd
 from tests.ranks import DEVICE_TYPE, device, multi_world_sizes, run_ranks
+from tests.ranks.burial import bury
 
 POLICY = ShardingPolicy(replicate_below=0, transport="peer")
 MIB = 2**20
@@ -89,6 +90,7 @@ def _taken() -> dict[str, int]:
 def _settled() -> dict[str, int]:
     """The same when it has stayed so: connections and threads end a moment after their owner."""
     gc.collect()
+    bury()
     dist.barrier()
     taken, deadline = {}, time.monotonic() + 10
     while taken != (now := _taken()) and time.monotonic() < deadline:

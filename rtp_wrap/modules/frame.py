@@ -136,9 +136,11 @@ class Frame:
             return known.plain
         ring = self._adoption.ring
         whole = gather(parameter, ring, fqn, dtype)
-        self._gathered.append(Gathered(parameter, whole, ring, fqn))
+        gathered = Gathered(parameter, whole, ring, fqn)
+        self._gathered.append(gathered)
         self._memo[_key(parameter)] = _Read.now(parameter, whole)
-        self._install_hooks()
+        if gathered.is_copy:
+            self._install_hooks()
         return whole
 
     def replicated(self, parameter: DTensor, fqn: str, dtype: torch.dtype) -> torch.Tensor:

@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.distributed import TCPStore
 
+from tests.ranks import burial
 from tests.ranks.group import DEVICE_TYPE, GROUP_TIMEOUT, join_group
 from tests.ranks.outcome import Failure, Outcome
 from tests.ranks.task import execute
@@ -112,6 +113,7 @@ def _main(seat: Seat, connection: Connection, stacks: str) -> None:
     with open(stacks, "w") as file, contextlib.suppress(EOFError):  # no parent is left
         faulthandler.register(_STACKS_SIGNAL, file)
         outcome = _join(seat)
+        burial.arrange()
         connection.send(outcome)
         # A rank that failed leaves, so that gloo tells the ranks which wait for it.
         while not isinstance(outcome, Failure):
@@ -119,6 +121,7 @@ def _main(seat: Seat, connection: Connection, stacks: str) -> None:
             _set_warning_filters(filters)
             outcome = execute(task)
             connection.send(outcome)
+            burial.bury(waiting=False)
 
 
 def _join(seat: Seat) -> Outcome:
