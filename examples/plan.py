@@ -20,7 +20,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", choices=SHAPES, default="8b")
-    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--ranks", type=int, default=8, help="of a ring")
+    parser.add_argument("--rings", type=int, default=1, help="that replicate each other")
     parser.add_argument("--tokens", type=int, default=8192, help="per rank and step")
     parser.add_argument("--param-dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--inplace", action="store_true", help="least staging, no overlap")
@@ -32,6 +33,7 @@ def main() -> None:
     plan = rtp_wrap.plan(
         model,
         world_size=arguments.ranks,
+        replicas=arguments.rings,
         mixed_precision=rtp_wrap.MixedPrecisionPolicy(
             param_dtype=getattr(torch, arguments.param_dtype)
         ),

@@ -75,8 +75,8 @@ def _totals(plan: Plan) -> str:
     total = plan.total_traffic()
     rows.append(("sent in a forward and backward", size(total.nbytes), None))
     rows.append(("in hops", total.hops, None))
-    rings = "" if plan.replicas == 1 else f", {plan.replicas} rings"
-    header = ("bytes", f"rank 0 of {plan.world_size}{rings}", "unsharded")
+    rings = "" if plan.replicas == 1 else f"{plan.replicas} rings of "
+    header = ("bytes", f"rank 0 of {rings}{plan.world_size}", "unsharded")
     return table(header, rows, right=header[1:])
 
 

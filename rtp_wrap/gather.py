@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Partial
 
-from rtp_wrap.collective import collective, over_replicas
+from rtp_wrap.collective import collective
 from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.engine import PackHooks, at_its_end, running_backward
-from rtp_wrap.gradient import Gradient, deliver
+from rtp_wrap.gradient import deliver
+from rtp_wrap.over_rings import dtype_in_ring, over_rings
 from rtp_wrap.ring import Ring
-from rtp_wrap.shard import dtensor_like, extent, sharded_dim
+from rtp_wrap.shard import extent, sharded_dim
 from rtp_wrap.versions import Stamp, version_of
 from rtp_wrap.written import WriteCheck
 
@@ -45,7 +46,7 @@ def _whole(
     # Not in inference mode, under which torch 2.11 cannot redistribute a DTensor.
     with collective(operation, fqn, ring), torch.inference_mode(False), torch.no_grad():
         if ring.world_size == 1:  # what DTensor would say, in a fraction of the host's time
-            return parameter._local_tensor.to(dtype)
+            return parameter._local_tensor.detach().to(dtype)
         source: Any = parameter if dtype == parameter.dtype else parameter.to(dtype)
         if ring.device.type == "cpu":
             return _all_gathered(source, ring)
@@ -81,9 +82,9 @@ class _Gather(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.ring, ctx.fqn, ctx.parameter, ctx.dtype = ring, fqn, parameter, dtype
         ctx.written = WriteCheck(parameter, fqn, ctx.ring)
-        whole = _whole(parameter, ring, "gather", fqn, dtype)
-        # With one rank this is the home shard itself, which autograd must not mark as an output.
-        return whole.detach()
+        # It is a view, of the home shard or of memory with padding, which autograd would not let
+        # anybody change in place.
+        return _whole(parameter, ring, "gather", fqn, dtype).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[DTensor | None, None, None, None]:
@@ -95,25 +96,26 @@ class _Gather(torch.autograd.Function):
         if regathered and regathered[1].pop((id(ctx.parameter), ctx.dtype), None) is not None:
             ring.regathered = regathered  # its module may still need the others
         with collective("reduce-scatter", ctx.fqn, ring):
-            gradient = Gradient(_reduce_scattered(grad, ctx.parameter, ring), None)
-        gradient = over_replicas(gradient, ring, ctx.fqn)
+            mean = _reduce_scattered(grad, ctx.parameter, ring)
+        gradient = over_rings(mean, None, ctx.parameter, ring, ctx.fqn)
         return deliver(ctx.parameter, ctx.next_functions[0][0], gradient), None, None, None
 
 
-def _reduce_scattered(grad: torch.Tensor, parameter: DTensor, ring: Ring) -> DTensor:
+def _reduce_scattered(grad: torch.Tensor, parameter: DTensor, ring: Ring) -> torch.Tensor:
+    """This rank's shard of the mean over the ring."""
     dense = grad.to_dense() if grad.is_sparse else grad.contiguous()
     dense = dense.to(ring.precision.accumulator_dtype(parameter.dtype))
     if ring.world_size == 1:
         # Copied, as autograd may give others the same tensor.
-        return dtensor_like(dense.to(parameter.dtype, copy=dense is grad), parameter)
+        return dense.to(dtype_in_ring(parameter, ring), copy=dense is grad)
     # Before the sum where that could overflow; else after it, which needs no whole copy.
     before = ring.world_size if dense.itemsize < 4 else 1
     if before > 1:
         dense = dense / before
-    total = DTensor.from_local(dense, ring.own_mesh, [Partial()], run_check=False)
+    total = DTensor.from_local(dense, ring.rings.own_mesh, [Partial()], run_check=False)
     summed: Any = total.redistribute(placements=parameter.placements[-1:])
-    mean = (summed / (ring.world_size // before)).to(parameter.dtype)
-    return dtensor_like(mean._local_tensor, parameter)
+    mean: DTensor = (summed / (ring.world_size // before)).to(dtype_in_ring(parameter, ring))
+    return mean._local_tensor
 
 
 class RegatherHooks:

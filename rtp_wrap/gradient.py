@@ -30,10 +30,14 @@ SITES_BETWEEN = 3
 
 
 class Gradient(NamedTuple):
-    """An averaged gradient, which is there when ``ready`` is; ``None`` if it is there."""
+    """An averaged gradient, which is there when ``ready`` is; ``None`` if it is there.
+
+    One that ``comes_late`` is averaged between hosts as well: that may take many layers' time.
+    """
 
     value: DTensor
     ready: torch.cuda.Event | None
+    comes_late: bool = False
 
     def wait(self) -> DTensor:
         """It, for work on the current stream, which waits; the host does not."""
@@ -74,7 +78,8 @@ class _Arrivals:
 
     def put(self, parameter: DTensor, gradient: Gradient) -> None:
         self._coming.append((parameter, gradient, parameter.grad))
-        if len(self._coming) > SITES_BETWEEN:
+        # The end of the backward is soon enough for those that the computation would wait for.
+        if len(self._coming) > SITES_BETWEEN and not self._coming[0][1].comes_late:
             _accumulate(*self._coming.popleft())
 
     def finish(self) -> None:

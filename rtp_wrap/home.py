@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from rtp_wrap.assign import Assignment
@@ -53,7 +52,8 @@ def settle(
             local.view(shape or 1)[at:end] = piece
         else:
             local[at:end] = piece.narrow(dim, start, stop - start)
-    dtensor = dtensor_of(local, ring.mesh, placements(ring.mesh, dim), shape)
+    mesh = ring.rings.mesh
+    dtensor = dtensor_of(local, mesh, placements(mesh, dim), shape)
     settled = nn.Parameter(dtensor, requires_grad=parameter.requires_grad)
     vars(settled).update(vars(parameter))
     register(settled, ring)
@@ -75,17 +75,15 @@ def _pieces(whole: torch.Tensor, ring: Ring) -> Iterator[tuple[int, torch.Tensor
         whole = whole.view(1)
     if whole.numel() == 0:
         return
-    source = dist.get_global_rank(ring.everyone, 0)
     row_bytes = whole[0].numel() * whole.itemsize
     rows = max(1, PIECE_BYTES // row_bytes)
     for at in range(0, whole.shape[0], rows):
         part = whole[at : at + rows]
         piece = torch.empty(part.shape, dtype=part.dtype, device=ring.device)
-        if ring.place == 0:
+        if ring.rings.place == 0:
             piece.copy_(part)
-        if ring.everyone.size() > 1:
-            # As bytes: backends do not know every dtype that a parameter may have.
-            dist.broadcast(piece.view(-1).view(torch.uint8), source, group=ring.everyone)
+        # As bytes: backends do not know every dtype that a parameter may have.
+        ring.rings.broadcast(piece.view(-1).view(torch.uint8))
         yield at, piece
 
 

@@ -103,7 +103,7 @@ class Rotation:
             except RuntimeError as error:
                 failure = failure or error
         if failure is not None:
-            raise self._ring.not_answered(self._event, self._hops) from failure
+            raise self._ring.not_answered(f"{self._event}: hop {self._hops}") from failure
 
 
 class Lane:

@@ -9,16 +9,17 @@ import torch
 import torch.distributed as dist
 
 
-def host_group(group: dist.ProcessGroup) -> tuple[dist.Store, Any]:
-    """A new Gloo group of the ranks of ``group``, and its store.
+def host_group(
+    store: dist.Store, rank: int, size: int, timeout: timedelta
+) -> tuple[dist.Store, Any]:
+    """A new Gloo group of ``size`` ranks that share ``store``, and a store of its own.
 
-    It is freed with its object, and unlike ``new_group`` it concerns nobody outside of ``group``,
-    whose ranks call this in the same order.
+    It is freed with its object, and unlike ``new_group`` it concerns nobody else. All ranks call
+    this in the same order.
     """
-    rank = group.rank()
-    serial = group.get_group_store().add(f"rtp_wrap/{rank}", 1)
-    store = dist.PrefixStore(f"rtp_wrap/{serial}", group.get_group_store())
-    return store, dist.ProcessGroupGloo(store, rank, group.size(), timeout_of(group))
+    serial = store.add(f"rtp_wrap/{rank}", 1)
+    own = dist.PrefixStore(f"rtp_wrap/{serial}", store)
+    return own, dist.ProcessGroupGloo(own, rank, size, timeout)
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:

@@ -19,7 +19,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from rtp_wrap.host_group import host_group, timeout_of
+from rtp_wrap.host_group import timeout_of
+from rtp_wrap.rings import Rings
 
 #: Events kept to name the first difference; a training step has three or so per layer.
 HISTORY = 8192
@@ -43,17 +44,15 @@ _Account = tuple[str, int, list[str]]
 
 
 class Lockstep:
-    """The digest of one rank, comparable with those of the other ranks of ``group``."""
+    """The digest of one rank, comparable with those of all others of ``rings``."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self._rank = group.rank()
-        self._world_size = group.size()
+    def __init__(self, rings: Rings) -> None:
+        self._rank, self._world_size = rings.place, rings.size
         if self._world_size > 1:
             # A connection of its own, on the host: comparisons do not wait for a GPU, and ranks
-            # that are out of step in `group` still meet here.
-            self._store, self._host = host_group(group)
-            self._patience = min(PATIENCE, timeout_of(group) / 4)
+            # that are out of step in their groups still meet here.
+            self._store, self._host = rings.connect()
+            self._patience = min(PATIENCE, timeout_of(rings.own) / 4)
             # The last comparison outlives `_host`, whose end joins its threads: if one of those let
             # go of tensors last, it would need the interpreter for it, which may be ending, and
             # that aborts the process. With a buffer made once no step leaves anything behind.

@@ -1,4 +1,4 @@
-"""The mesh over which a model is wrapped: one ring of ranks, or rings that replicate each other."""
+"""The mesh over which a model is wrapped."""
 
 from __future__ import annotations
 
@@ -53,44 +53,15 @@ def _check(mesh: DeviceMesh) -> None:
             f"order of the mesh, by init_device_mesh(..., "
             f'mesh_dim_names=("replicate", "rotate"))'
         )
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
+    if mesh.get_coordinate() is None:
         raise ValueError(f"rank {dist.get_rank()} is not in the mesh: wrap on its ranks only")
-    if list(coordinate) != [mesh.get_group(dim).rank() for dim in range(mesh.ndim)]:
+    ranks = mesh.mesh
+    if any((ranks.diff(dim=dim) < 0).any() for dim in range(mesh.ndim)):  # on all of them alike
         raise ValueError(
-            f"the mesh has the ranks {mesh.mesh.tolist()}: torch's process groups have them in "
+            f"the mesh has the ranks {ranks.tolist()}: torch's process groups have them in "
             f"ascending order, so that shards would be taken for those of other ranks; give a mesh "
             f"whose ranks ascend in every dimension"
         )
-
-
-def ring_of(mesh: DeviceMesh) -> DeviceMesh:
-    """The 1-D slice in which this rank's tiles rotate: the last dimension."""
-    if mesh.ndim == 1:
-        return mesh
-    assert mesh.mesh_dim_names is not None
-    return mesh[mesh.mesh_dim_names[-1]]
-
-
-def rings_in(mesh: DeviceMesh) -> tuple[int, int]:
-    """How many rings there are, and of how many ranks each."""
-    ranks = mesh.size(mesh.ndim - 1)
-    return mesh.size() // ranks, ranks
-
-
-def everyone_in(mesh: DeviceMesh) -> dist.ProcessGroup:
-    """The group of all ranks of the mesh, which call this together. The mesh's first is its rank 0.
-
-    Of a 2-D mesh that is not all of the job it is a new one.
-    """
-    if mesh.ndim == 1:
-        return mesh.get_group()
-    ranks = sorted(mesh.mesh.flatten().tolist())
-    if ranks == list(range(dist.get_world_size())):
-        assert dist.group.WORLD is not None
-        return dist.group.WORLD
-    # Other slices of a larger mesh make theirs, too: each concerns its own ranks alone.
-    return dist.new_group(ranks, use_local_synchronization=True)
 
 
 def placements(mesh: DeviceMesh, dim: int | None) -> list[Placement]:

@@ -78,7 +78,7 @@ class PlannedParameter:
 class Plan:
     """What wrapping does to a model on ``world_size`` ranks; immutable. All sizes are bytes.
 
-    These are the ranks of a ring. Of such rings there are ``replicas``, with the same shards each.
+    These are the ranks of one ring. Of such rings there are ``replicas``, with the same shards.
     ``parameters`` are in registration order. A plan that was made with example inputs also has
     ``sites`` (execution order), ``pairs``, ``outside`` (parameters and buffers that are used
     outside of their module), ``opaque`` (sites that the trace could not look into, and why), and
@@ -126,13 +126,13 @@ class Plan:
     def traffic(self, parameter: PlannedParameter, rank: int = 0) -> Traffic:
         """What ``rank`` sends for it in one forward and backward."""
         network = Network(
-            self.world_size,
-            rank,
-            self.staging_bytes,
-            self.transport,
-            not self.inplace,
-            self.mixed_precision,
-            self.replicas,
+            world_size=self.world_size,
+            rank=rank,
+            staging_bytes=self.staging_bytes,
+            transport=self.transport,
+            overlap=not self.inplace,
+            precision=self.mixed_precision,
+            replicas=self.replicas,
         )
         total, shape, dtype = Traffic(), parameter.shape, parameter.dtype
         trained = parameter.requires_grad
@@ -182,7 +182,7 @@ class Plan:
             mixed_precision=MixedPrecisionPolicy(
                 **{k: _dtype_of(v) for k, v in data["mixed_precision"].items()}
             ),
-            replicas=data["replicas"],
+            replicas=data.get("replicas", 1),  # older ones have one ring
             sites=None if data["sites"] is None else tuple(Site(**each) for each in data["sites"]),
             outside=tuple(data["outside"]),
             opaque=tuple(data["opaque"]),

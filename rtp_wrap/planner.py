@@ -25,6 +25,7 @@ from rtp_wrap.policy import (
     Rules,
     ShardingPolicy,
 )
+from rtp_wrap.rings import Rings
 from rtp_wrap.sites import outside_uses_of, pairs_of, sites_of
 from rtp_wrap.trace import capture
 from rtp_wrap.transport import likely, wanted
@@ -79,26 +80,33 @@ def plan(
     assignments = assign(model, policy)
     check_uses(assignments, world_size * replicas)
     transports = likely(wanted(policy.transport), world_size)
-    made = plan_of(assignments, (replicas, world_size), policy, precision, inplace, transports)
+    made = plan_of(
+        assignments,
+        policy,
+        precision,
+        inplace,
+        transports,
+        world_size=world_size,
+        replicas=replicas,
+    )
     return made if example_inputs is None else traced(made, model, example_inputs)
 
 
 def plan_of(
     assignments: list[Assignment],
-    ranks: tuple[int, int],
     policy: ShardingPolicy,
     precision: MixedPrecisionPolicy,
     inplace: bool,
     transports: Sequence[str],
+    *,
+    world_size: int,
+    replicas: int,
 ) -> Plan:
     """The plan of parameters that have their strategies, without what a trace would tell.
-
-    ``ranks`` are so many rings of so many.
     It has the first of ``transports`` whose staging holds one kernel of every rotated weight; if
     none does, ``ValueError``.
     """
     parameters = tuple(_planned(each) for each in assignments)
-    replicas, world_size = ranks
     for transport in transports:
         default = INPLACE_STAGING_BYTES if inplace else _DEFAULTS[transport]
         limit = policy.staging_bytes or default
@@ -123,7 +131,7 @@ def plan_of(
 
 
 def check_given(
-    plan: object, ranks: tuple[int, int], policy: object, mixed_precision: object, inplace: bool
+    plan: object, rings: Rings, policy: object, mixed_precision: object, inplace: bool
 ) -> None:
     """Raise for a plan that is none, is for another number of ranks, or has company."""
     if not isinstance(plan, Plan):
@@ -132,8 +140,8 @@ def check_given(
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"give either plan or {name}, which is part of the plan")
-    if (plan.replicas, plan.world_size) != ranks:
-        replicas, world_size = ranks
+    world_size, replicas = rings.length, rings.count
+    if (plan.world_size, plan.replicas) != (world_size, replicas):
         raise ValueError(
             f"the plan was made for {_rings(plan.replicas)} of {plan.world_size} ranks, but there "
             f"{'is' if replicas == 1 else 'are'} {_rings(replicas)} of {world_size}: call "

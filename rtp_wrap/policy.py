@@ -93,8 +93,9 @@ class ShardingPolicy:
     ``transport``
         ``"peer"``: tiles are pulled out of the memory of the rank that has them, by copy engines
         between GPUs. ``"ring"``: they go from rank to rank, by the group's backend. ``"auto"``:
-        ``"peer"`` if every rank has a GPU of its own on one host and these can read each other's
-        memory, else ``"ring"``; the environment variable ``RTP_WRAP_TRANSPORT`` stands in for it.
+        ``"peer"`` if every rank of a ring has a GPU of its own on one host and these can read each
+        other's memory, else ``"ring"``; the environment variable ``RTP_WRAP_TRANSPORT`` stands in
+        for it.
     """
 
     rules: Rules = field(default_factory=dict)

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from rtp_wrap.collective import collective
 from rtp_wrap.double_backward import refuse_double_backward
 from rtp_wrap.gradient import Gradient, deliver
-from rtp_wrap.profiling import profiler_range
-from rtp_wrap.replicas import average_over
 from rtp_wrap.ring import Ring
 from rtp_wrap.shard import dtensor_like
 from rtp_wrap.written import WriteCheck
@@ -32,7 +31,7 @@ def replicated(
     fqns: Sequence[str],
     dtypes: Sequence[torch.dtype],
 ) -> tuple[torch.Tensor, ...]:
-    """The parameters as plain tensors on which the gradients are averaged over the ring.
+    """The parameters as plain tensors on which the gradients are averaged over all ranks.
 
     All ranks must run the backward of the same calls. They read in ``dtypes``, and gradients are
     summed in that of the ring's precision policy (by default in fp32 for 16-bit parameters,
@@ -82,7 +81,7 @@ class _AverageGradients(torch.autograd.Function):
         following = ctx.next_functions
         dense = [(index, _dense(grads[index])) for index in used]
         dtypes = [ring.precision.average_dtype(each.dtype) for each in ctx.parameters]
-        with profiler_range("average", f"{first} and {max(0, len(used) - 1)} more"):
+        with collective("average", f"{first} and {max(0, len(used) - 1)} more", ring):
             for bucket in _buckets(dense, dtypes):
                 means = _mean(bucket, ring)
                 parameters = [ctx.parameters[index] for index, _ in bucket.grads]
@@ -143,5 +142,5 @@ def _mean(bucket: _Bucket, ring: Ring) -> list[torch.Tensor]:
     parts = list(flat.split(sizes))
     # One kernel for very many copies, casts included, as FSDP2 fills its buffers.
     torch._foreach_copy_(parts, grads)
-    average_over(ring.everyone, flat)
+    ring.rings.average(flat)
     return parts

@@ -13,8 +13,6 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import (
     Optimizer,
@@ -26,9 +24,9 @@ from rtp_wrap import assigned
 from rtp_wrap.anomaly import let_anomalies_be_detected
 from rtp_wrap.engine import running_backward
 from rtp_wrap.lockstep import Lockstep, OutOfStepError
-from rtp_wrap.mesh import everyone_in, ring_of
 from rtp_wrap.policy import MixedPrecisionPolicy
 from rtp_wrap.replicas import Replicas
+from rtp_wrap.rings import Rings
 from rtp_wrap.streams import current_stream
 from rtp_wrap.transport import PeerTransport, PointToPoint, Staging, open_memory
 
@@ -59,9 +57,8 @@ def resolve(key: str) -> Ring:
 
 
 class Ring:
-    """The ranks of a 1-D ``mesh`` as a ring, or those of a row of a 2-D one.
+    """The ring that this rank is in, of ``rings``.
 
-    The rows of that are rings of their own, with the same shards: they replicate each other.
     ``overlap=False`` makes hops take turns with the computation: less staging, no concurrency.
     ``precision`` holds for every site of the wrapped model. ``lockstep`` is that of the same ranks,
     if they have one already. Tiles can move once the ring was ``open``ed.
@@ -78,29 +75,23 @@ class Ring:
 
     def __init__(
         self,
-        mesh: DeviceMesh,
+        rings: Rings,
         device: torch.device,
         *,
         overlap: bool,
         precision: MixedPrecisionPolicy = _AS_GIVEN,
         lockstep: Lockstep | None = None,
     ) -> None:
-        #: That on which the parameters are DTensors.
-        self.mesh = mesh
-        #: That of this ring alone.
-        self.own_mesh = ring_of(mesh)
+        self.rings = rings
         self.precision = precision
-        self.group: dist.ProcessGroup = self.own_mesh.get_group()
+        self.group = rings.own
         self.rank = self.group.rank()
-        self.world_size = self.group.size()
+        self.world_size = rings.length
         self.device = device
         self.overlap = overlap
-        self.lockstep = Lockstep(everyone_in(mesh)) if lockstep is None else lockstep
-        #: The ranks of all rings, and which of them this is.
-        self.everyone = self.lockstep.group
-        self.place = self.everyone.rank()
-        if mesh.ndim == 2:
-            self.replicas = Replicas(mesh.get_group(0), device, overlap=overlap)
+        self.lockstep = Lockstep(rings) if lockstep is None else lockstep
+        if rings.across is not None:
+            self.replicas = Replicas(rings.across, device, overlap=overlap)
         self.frames = Frames()
         #: Weights that were gathered for the backward of a module, by what asked for them.
         self.regathered: tuple[object, dict[tuple[int, torch.dtype], torch.Tensor]] | None = None
@@ -114,13 +105,13 @@ class Ring:
         self._stream: torch.cuda.Stream | None = None
         _rings[self.key] = self
         _watch_optimizers()
-        let_anomalies_be_detected(self.own_mesh)
+        let_anomalies_be_detected(rings.own_mesh)
 
     def open(self, transport: str, staging_bytes: int) -> None:
         """Get memory for tiles, ``staging_bytes`` of it; all ranks call this together."""
         self.staging_bytes = staging_bytes
         if transport == "peer" and staging_bytes:
-            memory = open_memory(self.group, self.device, staging_bytes)
+            memory = open_memory(self.rings, self.device, staging_bytes)
             self.peers = PeerTransport(
                 memory, staging_bytes, self.device, self.lockstep.verify, overlap=self.overlap
             )
@@ -153,16 +144,16 @@ class Ring:
         if self.peers is not None:
             self.peers.settle()
 
-    def not_answered(self, event: str, hop: int) -> RuntimeError:
-        """The error of a rank that others did not meet in a rotation."""
-        failed = f"{event}: hop {hop} failed on rank {self.place}"
+    def not_answered(self, event: str, why: str = "") -> RuntimeError:
+        """The error of a rank that others did not meet in a hop or a collective."""
+        failed = f"{event} failed on rank {self.rings.place}"
         difference = self.lockstep.difference_after(failed)
         if difference is not None:
             return OutOfStepError(f"{failed}: {difference}")
-        return RuntimeError(
-            f"{failed}. Another rank has raised, died, or runs another layer; see its own error "
-            f"first"
-        )
+        others = "rank has raised, died, or runs another layer; see its own error first"
+        if not why:
+            return RuntimeError(f"{failed}. Another {others}")
+        return RuntimeError(f"{failed}: {why}\nUnless that says why, another {others}")
 
     def begin_forward(self, fqn: str) -> None:
         """An outermost forward begins, that of ``fqn``; another one must not be under way."""
@@ -174,7 +165,7 @@ class Ring:
         if not self._forward.acquire(blocking=False):
             raise RuntimeError(
                 f"{fqn or 'the model'} was called while another thread is in a forward of the same "
-                f"wrapped model: the {self.everyone.size()} ranks could not tell whose tiles are "
+                f"wrapped model: the {self.rings.size} ranks could not tell whose tiles are "
                 f"whose. Use the model in one thread at a time, from forward to backward"
             )
         if self.peers is not None:

@@ -18,13 +18,14 @@ from rtp_wrap.assign import Assignment, assign
 from rtp_wrap.home import settle_model
 from rtp_wrap.lockstep import Lockstep
 from rtp_wrap.materialise import BUILD_ANEW, ParamInitFn, check_initialisable
-from rtp_wrap.mesh import everyone_in, mesh_of, rings_in
+from rtp_wrap.mesh import mesh_of
 from rtp_wrap.modules import Adoption, adopt, form_of, has_own_statistics, precision_of
 from rtp_wrap.names import own_names
 from rtp_wrap.planned import Plan
 from rtp_wrap.planner import check_given, follow, plan_of
 from rtp_wrap.policy import Ignore, MixedPrecisionPolicy, Rules, ShardingPolicy, Strategy
 from rtp_wrap.ring import Ring
+from rtp_wrap.rings import Rings
 from rtp_wrap.sites import Site
 from rtp_wrap.transport import candidates, wanted
 from rtp_wrap.verify import (
@@ -125,9 +126,9 @@ class RotatedTensorParallel(nn.Module):
         param_init_fn: ParamInitFn | None = None,
         plan: Plan | None = None,
     ) -> None:
-        mesh = mesh_of(group, mesh)
+        rings = Rings(mesh_of(group, mesh))
         # Before anything that may raise on one rank alone, whose error the others are to get.
-        lockstep = Lockstep(everyone_in(mesh))
+        lockstep = Lockstep(rings)
         with lockstep.together("wrapping", SAME_MODEL):
             check_module(module)
             check_init_fn(param_init_fn)
@@ -135,18 +136,26 @@ class RotatedTensorParallel(nn.Module):
             if plan is None:
                 assignments, transport = assign(module, rules), wanted(rules.transport)
             else:
-                check_given(plan, rings_in(mesh), policy, mixed_precision, inplace)
+                check_given(plan, rings, policy, mixed_precision, inplace)
                 assignments, transport = follow(module, plan), plan.transport
                 inplace, precision = plan.inplace, plan.mixed_precision
-            check_uses(assignments, mesh.size())
+            check_uses(assignments, rings.size)
             check_parameters(module, assignments)
-            device = device_of(mesh, assignments)
-            ring = Ring(mesh, device, overlap=not inplace, precision=precision, lockstep=lockstep)
+            device = device_of(rings.mesh, assignments)
+            ring = Ring(rings, device, overlap=not inplace, precision=precision, lockstep=lockstep)
             staging = f"staging of {(plan or rules).staging_bytes} bytes, transport={transport}"
             check_same_everywhere(module, assignments, ring, staging, param_init_fn)
-            transports = candidates(transport, ring.group, device, ring.everyone)
+            transports = candidates(transport, rings, device)
             if plan is None:
-                plan = plan_of(assignments, rings_in(mesh), rules, precision, inplace, transports)
+                plan = plan_of(
+                    assignments,
+                    rules,
+                    precision,
+                    inplace,
+                    transports,
+                    world_size=rings.length,
+                    replicas=rings.count,
+                )
             check_initialisable(module, assignments, param_init_fn)
         # Peers meet over the group itself there, where nobody hears of a mistake made before.
         with lockstep.together("allocation of the staging", SAME_MODEL):
@@ -172,7 +181,10 @@ class RotatedTensorParallel(nn.Module):
         return output
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """What DDP has for accumulation; changes nothing here, where gradients are always 1/N."""
+        """What DDP has for accumulation; changes nothing here, where gradients are always 1/N.
+
+        Those of several rings are averaged in every backward.
+        """
         return nullcontext()
 
     @property

@@ -61,8 +61,8 @@ class World:
             for _ in range(self.world_size)
         ]
 
-        def gradient(peers: PeerTransport, home: torch.Tensor) -> torch.Tensor:
-            return machine.allocate(torch.zeros_like(home))
+        def gradient(peers: PeerTransport, home: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            return machine.allocate(torch.zeros_like(home, dtype=dtype))
 
         with machine.recording(), patch.object(PeerTransport, "gradient", gradient):
             for rank in range(self.world_size):

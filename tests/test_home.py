@@ -22,12 +22,13 @@ from rtp_wrap import Gather, Replicate, Rotate
 from rtp_wrap.home import settle, settle_buffer
 from rtp_wrap.policy import Strategy
 from rtp_wrap.ring import Ring
+from rtp_wrap.rings import Rings
 from tests.ranks import DEVICE_TYPE, all_world_sizes, device, run_ranks
 
 
 def _ring() -> Ring:
     mesh = init_device_mesh(DEVICE_TYPE, (dist.get_world_size(),))
-    return Ring(mesh, device(), overlap=True)
+    return Ring(Rings(mesh), device(), overlap=True)
 
 
 def _on_rank_0(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from rtp_wrap.hops import Hop, Lane, Rotation
 from rtp_wrap.ring import Ring
+from rtp_wrap.rings import Rings
 from rtp_wrap.rotation import schedule
 from rtp_wrap.shard import Tile, TileGrid
 from tests.ranks import (
@@ -32,7 +33,7 @@ TILE = Tile(0, 2, 0, 3)
 
 def _ring(overlap: bool = True, staging_bytes: int = 1024) -> Ring:
     mesh = DeviceMesh.from_group(dist.group.WORLD, DEVICE_TYPE)
-    ring = Ring(mesh, device(), overlap=overlap)
+    ring = Ring(Rings(mesh), device(), overlap=overlap)
     ring.open("ring", staging_bytes)
     return ring
 

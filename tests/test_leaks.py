@@ -13,11 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rtp_wrap import RotatedTensorParallel, ShardingPolicy
 from tests.data import own_batch, whole_batch
 from tests.parity import compare_gradients, compare_weights, mean_square, sgd
-from tests.ranks import DEVICE_TYPE, device, multi_world_sizes, run_ranks
+from tests.ranks import DEVICE_TYPE, WORLD_SIZES, device, multi_world_sizes, run_ranks
 from tests.ranks.burial import bury
 
 POLICY = ShardingPolicy(replicate_below=0, transport="peer")
@@ -62,10 +63,10 @@ def test_two_groups_have_a_model_each(world_size: int) -> None:
     run_ranks(world_size, _two_groups)
 
 
-def _wrapped() -> RotatedTensorParallel:
+def _wrapped(mesh: DeviceMesh | None = None) -> RotatedTensorParallel:
     """In fp32, with slots for 8 MiB of weights."""
     dense = nn.Sequential(nn.Linear(1024, 2048), nn.Tanh(), nn.Linear(2048, 1024))
-    return RotatedTensorParallel(dense, policy=ShardingPolicy(transport="peer"))
+    return RotatedTensorParallel(dense, mesh=mesh, policy=ShardingPolicy(transport="peer"))
 
 
 def _train(model: nn.Module, steps: int) -> None:
@@ -99,12 +100,15 @@ def _settled() -> dict[str, int]:
     return now
 
 
-def _come_and_go() -> None:
-    ranks = dist.get_world_size()
-    _train(_wrapped(), steps=1)  # what torch itself takes at first, and earlier tests have left
+def _come_and_go(rings: int) -> None:
+    ranks = dist.get_world_size() // rings
+    mesh, names = None, ("replicate", "rotate")
+    if rings > 1:
+        mesh = init_device_mesh(DEVICE_TYPE, (rings, ranks), mesh_dim_names=names)
+    _train(_wrapped(mesh), steps=1)  # what torch itself takes at first, and earlier tests have left
     before = _settled()
     for _ in range(3):
-        model = _wrapped()
+        model = _wrapped(mesh)
         _train(model, steps=2)
         during = _taken()
         assert during["mapped files"] == before["mapped files"] + ranks, (during, before)
@@ -118,7 +122,13 @@ def _come_and_go() -> None:
 @on_cpus
 @multi_world_sizes
 def test_deleted_models_leave_no_files_connections_or_threads(world_size: int) -> None:
-    run_ranks(world_size, _come_and_go)
+    run_ranks(world_size, _come_and_go, 1)
+
+
+@on_cpus
+@pytest.mark.skipif(4 not in WORLD_SIZES, reason="needs four ranks")
+def test_nor_do_models_of_two_rings() -> None:
+    run_ranks(4, _come_and_go, 2)
 
 
 def _free_memory() -> list[int]:

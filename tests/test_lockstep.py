@@ -31,6 +31,8 @@ from rtp_wrap import (
     wrapper,
 )
 from rtp_wrap.lockstep import HISTORY, Lockstep
+from rtp_wrap.mesh import mesh_of
+from rtp_wrap.rings import Rings
 from tests.parity import compare_gradients
 from tests.ranks import DEVICE_TYPE, all_world_sizes, device, multi_world_sizes, run_ranks
 
@@ -44,7 +46,7 @@ def _group() -> dist.ProcessGroup:
 
 
 def _in_step() -> None:
-    lockstep = Lockstep(_group())
+    lockstep = Lockstep(Rings(mesh_of(_group(), None)))
     digests = {lockstep.digest}
     for event in ("a", "b", "ab", "b"):
         lockstep.record(event)
@@ -61,7 +63,7 @@ def test_ranks_in_step_go_on(world_size: int) -> None:
 def _message(events: dict[int, list[str]], occasions: dict[int, str]) -> str:
     """What `verify` says if this rank (or -1: any other) had these events."""
     rank = dist.get_rank()
-    lockstep = Lockstep(_group())
+    lockstep = Lockstep(Rings(mesh_of(_group(), None)))
     for event in events.get(rank, events[-1]):
         lockstep.record(event)
     try:
@@ -100,7 +102,7 @@ def test_the_first_difference_is_named_with_the_ranks(
 
 def _late() -> None:
     group = dist.new_group(timeout=timedelta(seconds=1))
-    lockstep = Lockstep(group)
+    lockstep = Lockstep(Rings(mesh_of(group, None)))
     lockstep.record("layers.0 forward")
     if dist.get_rank() == 0:
         with pytest.raises(
@@ -117,7 +119,7 @@ def test_a_rank_that_does_not_come_is_an_error_after_the_groups_timeout(world_si
 
 
 def _default_device() -> None:
-    lockstep = Lockstep(_group())
+    lockstep = Lockstep(Rings(mesh_of(_group(), None)))
     with torch.device("meta"):
         lockstep.verify("a test")
 
@@ -354,6 +356,8 @@ import torch.distributed as dist
 from torch import nn
 from rtp_wrap import RotatedTensorParallel, ShardingPolicy
 from rtp_wrap.lockstep import Lockstep
+from rtp_wrap.mesh import mesh_of
+from rtp_wrap.rings import Rings
 
 gc.freeze()
 torch.set_num_threads(1)
@@ -364,7 +368,7 @@ for attempt in range(5):
         if not ranks[rank]:
             file = f"file://{sys.argv[1]}/{attempt}"
             dist.init_process_group("gloo", init_method=file, rank=rank, world_size=2)
-            lockstep = Lockstep(dist.group.WORLD)
+            lockstep = Lockstep(Rings(mesh_of(None, None)))
             policy = ShardingPolicy(replicate_below=0, transport="peer")
             layers = [nn.Linear(8, 8, bias=False) for _ in range(2)]
             model = RotatedTensorParallel(nn.Sequential(*layers), policy=policy)

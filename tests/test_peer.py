@@ -314,7 +314,7 @@ def _facts(rank: int, **changes: Any) -> Any:
 )
 def test_what_keeps_gpus_from_being_peers(changes: dict[str, Any], told: str) -> None:
     facts = [_facts(0), _facts(1, **changes), _facts(2)]
-    obstacle = choice._obstacle(facts, on_gpus=True)
+    obstacle = choice._obstacle(facts, 0, on_gpus=True)
     assert re.match(told or "$", obstacle)
 
 

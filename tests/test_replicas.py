@@ -6,8 +6,10 @@ The oracle is that of one ring: the unsharded model on the batches of all ranks.
 from __future__ import annotations
 
 import os
+import re
 from copy import deepcopy
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,8 +36,8 @@ from rtp_wrap import (
     Replicate,
     RotatedTensorParallel,
     ShardingPolicy,
-    replicas,
 )
+from rtp_wrap.replicas import Replicas
 from rtp_wrap.transport import choice
 from tests.parity import (
     FP64,
@@ -199,11 +201,11 @@ def test_parameters_are_laid_out_as_hybrid_fsdp2s_and_come_out_the_same(
 def _check_precision(rings: int, reduce: torch.dtype | None) -> None:
     """Gradients of bf16 weights differ from the exact ones by no more than their roundings."""
     dtypes = []
-    average_over = replicas.average_over
+    average = Replicas.average
 
-    def noting(group: dist.ProcessGroup, values: torch.Tensor) -> None:
-        dtypes.append(values.dtype)
-        average_over(group, values)
+    def noting(self: Replicas, gradient: torch.Tensor, *arguments: Any) -> Any:
+        dtypes.append(gradient.dtype)
+        return average(self, gradient, *arguments)
 
     precision = MixedPrecisionPolicy(reduce_dtype=reduce)
     dense = _mlp().to(torch.bfloat16)
@@ -217,9 +219,9 @@ def _check_precision(rings: int, reduce: torch.dtype | None) -> None:
         generator = torch.Generator().manual_seed(rank)
         x = torch.randn(4, 6, generator=generator).to(device(), torch.bfloat16).double()
         (mean_square(exact(x)) / world_size).backward()
-    with mock.patch.object(replicas, "average_over", noting):
+    with mock.patch.object(Replicas, "average", noting):
         mean_square(wrapped(_x(0).to(torch.bfloat16))).backward()
-    assert set(dtypes) == {reduce or torch.bfloat16}
+    assert set(dtypes) == ({reduce or torch.bfloat16} if rings > 1 else set())
     for ours, theirs in zip(wrapped.parameters(), exact.parameters(), strict=True):
         assert ours.grad is not None
         assert ours.grad.dtype == torch.bfloat16
@@ -270,16 +272,16 @@ def _check_plan(rings: int) -> None:
     assert rtp_wrap.Plan.from_json(planned.to_json()) == planned
     model = RotatedTensorParallel(Net().to(device()), mesh=mesh, plan=planned)
     assert model.plan == planned
-    average_over = replicas.average_over
+    average = Replicas.average
 
-    def counting(group: dist.ProcessGroup, values: torch.Tensor) -> None:
-        assert dist.get_process_group_ranks(group) == [
+    def counting(self: Replicas, gradient: torch.Tensor, *arguments: Any) -> Any:
+        assert dist.get_process_group_ranks(self._group) == [
             mesh.size(1) * ring + mesh.get_local_rank(1) for ring in range(rings)
         ]
-        sent.append(2 * (rings - 1) * values.nbytes / rings)
-        average_over(group, values)
+        sent.append(2 * (rings - 1) * gradient.nbytes / rings)
+        return average(self, gradient, *arguments)
 
-    with mock.patch.object(replicas, "average_over", counting):
+    with mock.patch.object(Replicas, "average", counting):
         mean_square(model(_ids(0, dist.get_rank())[0].to(device()))).backward()
     alone = rtp_wrap.plan(Net(), **options)
     between = 0
@@ -375,18 +377,29 @@ def test_compiled_blocks(world_size: int, rings: int) -> None:
     run_ranks(world_size, _check_compiled, rings)
 
 
+def _impatient(seconds: float) -> DeviceMesh:
+    """Two rings of two, whose groups wait no longer than that."""
+    ranks = torch.arange(4).view(2, 2)
+    timeout = timedelta(seconds=seconds)
+    groups = []
+    for sets in (ranks.t(), ranks):
+        made = [dist.new_group(each.tolist(), timeout=timeout) for each in sets]
+        outside: object = dist.GroupMember.NON_GROUP_MEMBER
+        groups.append(next(each for each in made if each is not outside))
+    return DeviceMesh.from_group(groups, DEVICE_TYPE, ranks, mesh_dim_names=NAMES)
+
+
 def _check_out_of_step() -> str:
-    """A rank of one ring leaves out a layer that its whole ring leaves out: the other one hears."""
-    mesh = _mesh(2)
+    """The second ring calls one layer more than the first, and nothing is written."""
+    mesh = _impatient(1 if DEVICE_TYPE == "cpu" else 20)
     wrapped = RotatedTensorParallel(_mlp(), mesh=mesh, policy=ShardingPolicy(replicate_below=0))
     optimizer = sgd(wrapped.parameters())
-    first_ring = mesh.get_local_rank("replicate") == 0
     before = [each.detach().to_local().clone() for each in wrapped.parameters()]
     with torch.no_grad():
         x = wrapped[0](_x(0))
 
     def step() -> None:
-        if not first_ring:
+        if mesh.get_local_rank("replicate") == 1:
             wrapped[2](F.tanh(x))
         mean_square(wrapped(_x(0))).backward()
         optimizer.step()
@@ -400,9 +413,30 @@ def _check_out_of_step() -> str:
 
 @two_of_two
 def test_rings_that_do_different_things_hear_of_it() -> None:
-    for message in run_ranks(4, _check_out_of_step, timeout=20):
+    for message in run_ranks(4, _check_out_of_step, timeout=60):
         assert "rank 0" in message
         assert "rank 3: 2.bias gather" in message
+
+
+def _check_other_backwards(policy: dict[str, Any]) -> str:
+    """Each ring goes back through a layer of its own, of another size: no sum of the two."""
+    heads = nn.ModuleList([nn.Linear(6, 4, bias=False), nn.Linear(6, 7, bias=False)])
+    options: dict[str, Any] = {"policy": ShardingPolicy(rules=policy, replicate_below=0)}
+    wrapped = RotatedTensorParallel(heads.to(device()), mesh=_impatient(1), **options)
+    outputs = [head(_x(0)).sum() for head in wrapped]
+    with pytest.raises(OutOfStepError) as caught:
+        outputs[dist.get_rank() // 2].backward()
+    return str(caught.value)
+
+
+@two_of_two
+@pytest.mark.skipif(DEVICE_TYPE == "cuda", reason="NCCL ends processes that wait too long")
+@pytest.mark.parametrize("policy", [{}, {"*": Gather()}], ids=["rotated", "gathered"])
+def test_rings_that_go_back_through_other_layers_hear_of_it(policy: dict[str, Any]) -> None:
+    for message in run_ranks(4, _check_other_backwards, policy, timeout=60):
+        assert re.search(
+            r"average over rings failed on rank .* out of step \(rank 0: 0\b.* rank 3: 1\b", message
+        )
 
 
 def _check_slices() -> None:
@@ -454,7 +488,8 @@ def _check_refused() -> None:
     unnamed = init_device_mesh(DEVICE_TYPE, (1, dist.get_world_size()))
     with pytest.raises(ValueError, match=r"\(1, 2\) have no names.*mesh_dim_names"):
         RotatedTensorParallel(_mlp(), mesh=unnamed)
-    for ranks, names in (([1, 0], ("rotate",)), ([[1], [0]], NAMES)):
+    # Where it is right for one rank, that must not go on alone.
+    for ranks, names in (([1, 0], ("rotate",)), ([[1], [0]], NAMES), ([[1, 0]], NAMES)):
         with pytest.raises(ValueError, match=r"ranks \[.*ascend in every dimension"):
             RotatedTensorParallel(_mlp(), mesh=DeviceMesh(DEVICE_TYPE, ranks, mesh_dim_names=names))
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from harness.hardware import this_device
+from rtp_wrap.rings import Rings
 from rtp_wrap.transport import PointToPoint, candidates, open_memory, wanted
 from rtp_wrap.transport.cells import aligned
 
@@ -111,7 +112,7 @@ class _Hops:
 
     def __init__(self, nbytes: int) -> None:
         device = this_device()
-        self._transport = PointToPoint(_everyone())
+        self._transport = PointToPoint(_ring().own)
         self._there = torch.zeros(nbytes, dtype=torch.uint8, device=device)
         self._arriving = torch.empty_like(self._there)
         self._tags = itertools.count()
@@ -128,10 +129,10 @@ class _Pulls:
     """Pulls one after another, always the same: ``nbytes`` into every rank, from all others."""
 
     def __init__(self, nbytes: int) -> None:
-        device, group = this_device(), _everyone()
-        rank, ranks = group.rank(), group.size()
+        device, ring = this_device(), _ring()
+        rank, ranks = ring.place, ring.size
         part = aligned(nbytes // (ranks - 1))  # as tiles are
-        self._memory = open_memory(group, device, ranks * part)
+        self._memory = open_memory(ring, device, ranks * part)
         own = self._memory.of(rank)
         places = [slice(turn * part, (turn + 1) * part) for turn in range(ranks)]
         self._copies = self._memory.prepared(
@@ -156,11 +157,11 @@ class _Pulls:
 
 
 def _are_peers() -> bool:
-    return candidates(wanted("auto"), _everyone(), this_device())[0] == "peer"
+    return candidates(wanted("auto"), _ring(), this_device())[0] == "peer"
 
 
-def _everyone() -> dist.ProcessGroup:
-    return init_device_mesh(this_device().type, (dist.get_world_size(),)).get_group()
+def _ring() -> Rings:
+    return Rings(init_device_mesh(this_device().type, (dist.get_world_size(),)))
 
 
 def _now() -> float:

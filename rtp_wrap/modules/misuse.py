@@ -66,7 +66,7 @@ def check_counts_writes(parameter: DTensor, fqn: str) -> DTensor:
 def check_new_parameter(fqn: str, ring: Ring) -> None:
     """Raise: a plain parameter is to be registered in a module that was adopted already."""
     raise RuntimeError(
-        f"{fqn}: a plain parameter cannot be set after wrapping: the {ring.world_size} ranks' "
+        f"{fqn}: a plain parameter cannot be set after wrapping: the {ring.rings.size} ranks' "
         f"gradients for it would not be averaged. Set it before wrapping (a policy rule with "
         f"Ignore() leaves it alone), or keep the parameters that are there. {_WRITING}"
     )
@@ -78,7 +78,7 @@ def check_new_module(module: nn.Module, fqn: str, ring: Ring) -> None:
         if parameter.requires_grad and not isinstance(parameter, DTensor):
             raise RuntimeError(
                 f"{fqn}: a {type(module).__name__} with the plain parameter {name} cannot become "
-                f"part of a wrapped model: the {ring.world_size} ranks' gradients for it would not "
+                f"part of a wrapped model: the {ring.rings.size} ranks' gradients for it would not "
                 f"be averaged. Add adapters and replace layers before wrapping"
             )
 
@@ -102,7 +102,7 @@ def check_conversion(
         )
     if ring.device.type == "cpu" and converted.is_shared():
         raise RuntimeError(
-            f"{fqn or 'the model'} is sharded over {ring.world_size} ranks: its parameters have no "
+            f"{fqn or 'the model'} belongs to {ring.rings.size} ranks: its parameters have no "
             f"shared memory; share the tensors of a full state_dict() instead"
         )
     for each in module.modules():
@@ -150,6 +150,6 @@ def check_nothing_recomputed(fqn: str, ring: Ring) -> None:
     raise RuntimeError(
         f"{fqn or 'the model'} is compiled under torch._functorch.config.{setting}, with which the "
         f"compiler chooses, by the sizes of each rank's batch, which layers it computes again for "
-        f"backward: the {ring.world_size} ranks might choose differently and wait for each other. "
+        f"backward: the {ring.rings.size} ranks might choose differently and wait for each other. "
         f"Leave the setting as it was, and use torch.utils.checkpoint around the block or in it"
     )

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -30,7 +29,7 @@ class AdoptedNorm(Adopted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         adoption = self._adoption
-        if adoption is not None and adoption.ring.everyone.size() > 1:
+        if adoption is not None and adoption.ring.rings.size > 1:
             if self._has_own_statistics:
                 self._take_statistics_of_rank_0(adoption)
             vars(self)["_has_own_statistics"] = self.training
@@ -43,8 +42,7 @@ class AdoptedNorm(Adopted):
         buffers = sorted(self.buffers(recurse=False), key=lambda each: -each.itemsize)
         with torch.no_grad():
             message = torch.cat([each.reshape(-1).view(torch.uint8) for each in buffers])
-            source = dist.get_global_rank(ring.everyone, 0)
-            dist.broadcast(message, source, group=ring.everyone)
+            ring.rings.broadcast(message)
             parts = message.split([each.nbytes for each in buffers])
             for each, part in zip(buffers, parts, strict=True):
                 # Past the version counter, as torch's own kernels write statistics: a backward that

@@ -94,7 +94,8 @@ class CapturedLinear:
 
             def drop() -> None:
                 """Nobody takes it in torch.autograd.grad() of an input alone, say."""
-                self.pending.pop(backward, None)
+                for each in self.pending.pop(backward, ()):
+                    each.wait()  # as a graph that is being captured would have to
 
             at_its_end(drop)
         self.pending[backward].append(gradient)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from rtp_wrap.hops import Hop, Lane, Rotation, backward_slots
 from rtp_wrap.ops.products import Product, WeightGradient
+from rtp_wrap.over_rings import dtype_in_ring
 from rtp_wrap.ring import Ring
 from rtp_wrap.rotation import Step, schedule
 from rtp_wrap.shard import TileGrid, sharded_dim
@@ -49,8 +50,9 @@ def backward(
     )
     grid = _grid(weight, ring, widest, slots)
     own = grid.shard(ring.rank)
-    dw = home.new_empty(home.shape) if wgrad else None
-    landing = dw if sums == weight.dtype else None  # where the last hop can bring an accumulator
+    dtype_at_home = dtype_in_ring(weight, ring)
+    dw = home.new_empty(home.shape, dtype=dtype_at_home) if wgrad else None
+    landing = dw if sums == dtype_at_home else None  # where the last hop can bring an accumulator
     with Rotation(ring, event, slots) as rotation:
         weights, accumulators = Lane(rotation, dtype), Lane(rotation, sums)
         for cell in grid.cells():

@@ -12,6 +12,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rtp_wrap.ops.products import Product, Reader, WeightGradient
+from rtp_wrap.over_rings import dtype_in_ring
 from rtp_wrap.ring import Ring
 from rtp_wrap.transport.cells import PeerError
 from rtp_wrap.transport.peer import PeerTransport
@@ -46,7 +47,7 @@ def backward(
     home = weight._local_tensor
     sums = ring.precision.accumulator_dtype(weight.dtype)
     with _Pulls(ring, event) as peers:
-        dw = peers.gradient(home) if wgrad else None
+        dw = peers.gradient(home, dtype_in_ring(weight, ring)) if wgrad else None
         visit = peers.visit(event, weight, dtype)
         for index, cell in enumerate(visit.cells):
             if dgrad is not None:
@@ -84,4 +85,4 @@ class _Pulls:
         done = self._peers.barriers - self._begun
         self._ring.interrupt(done)
         if isinstance(error, PeerError):
-            raise self._ring.not_answered(self._event, done) from error
+            raise self._ring.not_answered(f"{self._event}: hop {done}") from error

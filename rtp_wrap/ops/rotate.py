@@ -11,13 +11,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.distributed.tensor import DTensor
 
-from rtp_wrap.collective import over_replicas
 from rtp_wrap.gradient import Gradient
 from rtp_wrap.ops import hop, pull
 from rtp_wrap.ops.products import Product, Reader, WeightGradient
+from rtp_wrap.over_rings import over_rings
 from rtp_wrap.profiling import profiler_range
 from rtp_wrap.ring import Ring
-from rtp_wrap.shard import dtensor_like, sharded_dim
+from rtp_wrap.shard import sharded_dim
 
 _NOTHING = nullcontext()
 
@@ -82,7 +82,7 @@ def rotate_backward(
     if dw is None:
         return None
     ready = None if ring.peers is None or not weight.numel() else ring.peers.averaged()
-    return over_replicas(Gradient(dtensor_like(dw, weight), ready), ring, fqn)
+    return over_rings(dw, ready, weight, ring, fqn)
 
 
 def in_layers_dtype(

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from rtp_wrap.policy import check_transport
+from rtp_wrap.rings import Rings
 from rtp_wrap.transport.cells import PeerMemory
 from rtp_wrap.transport.shared import SharedMemory
 from rtp_wrap.transport.symmetric import SymmetricMemory, driver
@@ -52,31 +53,26 @@ def wanted(transport: str) -> str:
     return _PREFER_PEER if preferred == "peer" else preferred
 
 
-def candidates(
-    transport: str,
-    group: dist.ProcessGroup,
-    device: torch.device,
-    everyone: dist.ProcessGroup | None = None,
-) -> tuple[str, ...]:
-    """The transports that ``group`` can use for what is ``wanted``, the best first.
+def candidates(transport: str, rings: Rings, device: torch.device) -> tuple[str, ...]:
+    """The transports that all ``rings`` can use for what is ``wanted``, the best first.
 
-    All ranks call this together, of ``everyone`` if that has several such groups, and get the same.
-    ``"auto"`` is ``"peer"`` where every rank has a GPU of its own, on the host of its group,
-    that can read those of all others there. Raises ``ValueError`` on every rank if ``"peer"`` is
-    wanted where it cannot be.
+    All ranks call this together, and get the same. ``"auto"`` is ``"peer"`` where every rank has a
+    GPU of its own, on the host of its ring, that can read those of all others in it. Raises
+    ``ValueError`` on every rank if ``"peer"`` is wanted where it cannot be.
     """
-    if group.size() == 1 or transport == "ring":
+    if rings.length == 1 or transport == "ring":
         return ("ring",)
     if transport == "auto" and device.type != "cuda":
         return ("ring",)
-    obstacle = _obstacle(_exchanged(_facts(device), group), on_gpus=device.type == "cuda")
-    if everyone is not None and everyone is not group:
-        obstacle = next(filter(None, _exchanged(obstacle, everyone)), "")
+    facts = _exchanged(_facts(device), rings.own)
+    obstacle = _obstacle(facts, rings.place_of(0), on_gpus=device.type == "cuda")
+    if rings.across is not None:
+        obstacle = next(filter(None, _exchanged(obstacle, rings.across)), "")
     if not obstacle:
         return ("peer",) if transport == "peer" else ("peer", "ring")
     if transport == "peer":
         raise ValueError(f"transport='peer' cannot be used: {obstacle}; use 'auto'")
-    if dist.get_rank(everyone or group) == 0:
+    if rings.place == 0:
         log.info("transport 'ring', not 'peer': %s", obstacle)
     return ("ring",)
 
@@ -93,8 +89,8 @@ def likely(transport: str, world_size: int) -> tuple[str, ...]:
     return ("peer", "ring") if both else ("ring",)
 
 
-def open_memory(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> PeerMemory:
-    """Memory of every rank that all of them can read; all ranks call this together.
+def open_memory(rings: Rings, device: torch.device, nbytes: int) -> PeerMemory:
+    """Memory of every rank that all of its ring can read; all ranks call this together.
 
     Raises ``RuntimeError`` on every rank if one of them does not get it.
     """
@@ -104,12 +100,13 @@ def open_memory(group: dist.ProcessGroup, device: torch.device, nbytes: int) -> 
         failure = ""
         try:
             if memory is None:
-                memory = kind(group, device, nbytes, LANES)
+                memory = kind(rings.own, device, nbytes, LANES)
             else:
-                memory.meet(group)
+                memory.meet(rings.own)
         except (RuntimeError, OSError) as error:
             failure = f"{type(error).__name__}: {error}"
-        failures = [f"rank {r}: {f}" for r, f in enumerate(_exchanged(failure, group)) if f]
+        everyones = enumerate(_exchanged(failure, rings.own), rings.place_of(0))
+        failures = [f"rank {rank}: {each}" for rank, each in everyones if each]
         if failures:
             raise RuntimeError(
                 f"could not {step} {nbytes} bytes of staging that all ranks can read "
@@ -147,14 +144,14 @@ def _lacking() -> str:
     return ""
 
 
-def _obstacle(facts: Sequence[_Facts], on_gpus: bool) -> str:
-    """Why ranks cannot read each other's memory; empty if they can."""
+def _obstacle(facts: Sequence[_Facts], first: int, on_gpus: bool) -> str:
+    """Why ranks, from number ``first`` on, cannot read each other's memory; empty if they can."""
     if len({each.host for each in facts}) > 1:
         return "the ranks are on several hosts"
-    for rank, each in enumerate(facts):
+    for rank, each in enumerate(facts, first):
         if each.lacks:
             return f"rank {rank}: {each.lacks}"
-        others = {other.device for at, other in enumerate(facts) if at != rank}
+        others = {other.device for at, other in enumerate(facts, first) if at != rank}
         if each.device in others:
             return f"rank {rank} shares its GPU with another rank"
         if on_gpus and not others <= each.reads:

@@ -332,9 +332,9 @@ class PeerTransport:
         come.record(stream)
         return come
 
-    def gradient(self, home: torch.Tensor) -> torch.Tensor:
+    def gradient(self, home: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Memory for the gradient of a home shard, which ``average`` writes to."""
-        gradient = torch.empty_like(home, memory_format=torch.contiguous_format)
+        gradient = torch.empty_like(home, dtype=dtype, memory_format=torch.contiguous_format)
         if self.gradient_stream is not None:
             # The memory is the computation's, as activations leave it room in backward. It may be
             # dropped before that stream is done with it: nobody takes the gradient, or one raises.

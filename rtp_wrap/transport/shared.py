@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from rtp_wrap.engine import unhooked
-from rtp_wrap.host_group import host_group
+from rtp_wrap.host_group import host_group, timeout_of
 from rtp_wrap.transport.cells import Copies, PeerError
 
 _DIRECTORY = Path("/dev/shm")
@@ -41,7 +41,9 @@ class SharedMemory:
     def meet(self, group: dist.ProcessGroup) -> None:
         """Open the memory of all ranks. All ranks call this together."""
         try:
-            self._store, self._host = host_group(group)
+            self._store, self._host = host_group(
+                group.get_group_store(), self.rank, self.world_size, timeout_of(group)
+            )
             self._store.set(f"memory-{self.rank}", self._name)
             names = [self._store.get(f"memory-{rank}") for rank in range(self.world_size)]
             self._all = [_mapped(name.decode(), self._nbytes) for name in names]

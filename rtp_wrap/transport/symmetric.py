@@ -72,7 +72,7 @@ class SymmetricMemory:
         """Make the memory of all ranks readable. All ranks call this together."""
         SymmetricMemory.meetings += 1
         self._handle: Any = symmetric_memory.rendezvous(self._buffer, group)
-        self._watchdog = Watchdog(self._lanes, timeout_of(group), self.rank)
+        self._watchdog = Watchdog(self._lanes, timeout_of(group), dist.get_rank())
         self._barriers = [
             [self._operations(lane, flag) for flag in range(_FLAGS)] for lane in range(self._lanes)
         ]

@@ -122,6 +122,7 @@ def _main(seat: Seat, connection: Connection, stacks: str) -> None:
             outcome = execute(task)
             connection.send(outcome)
             burial.bury(waiting=False)
+    burial.bury()
 
 
 def _join(seat: Seat) -> Outcome:
