@@ -42,9 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Of a test with many cases, run each case at some of its world sizes only.
 
     All sizes are still seen, with other cases each, and each case at one of several ranks, where
-    there is something to go wrong. A test with one case runs at two sizes, in turn with the others,
-    a small one and a large one, and every third one at the large one. RTP_TEST_EXAMPLES=10 runs
-    everything.
+    there is something to go wrong. A test with one case runs at one size, in turn with the others,
+    and every third one at a small and a large one. RTP_TEST_EXAMPLES=10 runs everything.
     """
     if THOROUGH or len(WORLD_SIZES) < 3:
         return
@@ -70,8 +69,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 dropped.add(sizes[-1 - number % 2])
                 if len(sizes) > 3:
                     dropped.add(sizes[number // 2 % 2])
-                if number % 3 == 0:
-                    dropped.add(next(each for each in sizes if each not in dropped))
+                if number % 3:
+                    kept = [each for each in sizes if each not in dropped]
+                    dropped.add(kept[number // 3 % len(kept)])
     config.hook.pytest_deselected(items=list(dropped))
     items[:] = [item for item in items if item not in dropped]
 
