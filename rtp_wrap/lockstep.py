@@ -24,6 +24,8 @@ from rtp_wrap.rings import Rings
 
 #: Events kept to name the first difference; a training step has three or so per layer.
 HISTORY = 8192
+#: Of so many ranks each has a line of its own in an error.
+_FEW = 8
 #: How long others may take to say what they did, where a transfer has failed; at most a quarter of
 #: the group's timeout.
 PATIENCE = timedelta(seconds=3)
@@ -174,4 +176,18 @@ def _difference(accounts: list[_Account]) -> str:
             break
     else:
         did = [f"{occasion}, after other exchanges" for occasion, _, _ in accounts]
-    return ", ".join(f"rank {rank}: {what}" for rank, what in enumerate(did))
+    return _by_rank(did)
+
+
+def _by_rank(did: list[str]) -> str:
+    """Who did what; of many ranks, those that did the same are told together."""
+    if len(did) <= _FEW:
+        return ", ".join(f"rank {rank}: {what}" for rank, what in enumerate(did))
+    ranks: dict[str, list[int]] = {}
+    for rank, what in enumerate(did):
+        ranks.setdefault(what, []).append(rank)
+    told = []
+    for what, whose in ranks.items():
+        others = f" and {len(whose) - 1} others" if len(whose) > 1 else ""
+        told.append(f"rank {whose[0]}{others}: {what}")
+    return ", ".join(told)

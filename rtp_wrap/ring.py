@@ -184,8 +184,14 @@ class Ring:
             if self.peers is not None and running_backward() == -1:
                 self.peers.begin_forward()
 
-    def end_forward(self) -> None:
-        """An outermost forward is over."""
+    def end_forward(self, *, raised: bool) -> None:
+        """An outermost forward is over.
+
+        Ranks of which one has ``raised``, between layers maybe, are out of step.
+        """
+        if raised:
+            self._interrupted = True
+            self.lockstep.record("an exception in a forward")
         try:
             if self.peers is not None:
                 self.peers.end_pass()

@@ -42,13 +42,23 @@ class Rings:
         return ring * self.length + rank
 
     def connect(self) -> tuple[dist.Store, Any]:
-        """A connection of all ranks on their hosts: a store, and a Gloo group (``host_group``)."""
+        """A connection of all ranks on their hosts: a store, and a Gloo group (``host_group``).
+
+        Raises ``RuntimeError`` where the others do not come within the group's timeout.
+        """
         store = self.own.get_group_store()
         if self.across is not None:  # rings have stores of their own, and the job has one
             assert dist.group.WORLD is not None
             name = hashlib.sha1(str(self.mesh.mesh.tolist()).encode()).hexdigest()
             store = dist.PrefixStore(f"rtp_wrap/{name}", dist.group.WORLD.get_group_store())
-        return host_group(store, self.place, self.size, timeout_of(self.own))
+        try:
+            return host_group(store, self.place, self.size, timeout_of(self.own))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.place} of the {self.count} x {self.length} ranks "
+                f"{self.mesh.mesh.tolist()} waited in vain for the others to wrap a model "
+                f"({error}): all ranks of a mesh or group wrap over it together, each with the same"
+            ) from error
 
     def broadcast(self, values: torch.Tensor) -> None:
         """Put the values of the rank in place 0 into those of all."""

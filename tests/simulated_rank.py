@@ -154,7 +154,7 @@ class Rank:
                     self.write(name)
                 self._call(name, raising=place == raising)
         finally:
-            self._ring.end_forward()
+            self._ring.end_forward(raised=False)
 
     def backward(
         self,

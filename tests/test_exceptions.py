@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from rtp_wrap import OutOfStepError, Replicate, RotatedTensorParallel, ShardingPolicy
+from rtp_wrap import Gather, OutOfStepError, Replicate, RotatedTensorParallel, ShardingPolicy
 from rtp_wrap.ops import linear
 from tests.parity import FP64, compare_gradients, compare_weights, sgd
 from tests.ranks import DEVICE_TYPE, device, multi_world_sizes, run_ranks
@@ -257,10 +257,10 @@ def test_an_exception_on_one_rank_is_an_error_on_the_others_in_time(
         assert first < 2 * TIMEOUT + 5, f"rank {rank} waited {first:.1f} s"
 
 
-def _caught_outside(skip: int) -> str:
+def _caught_outside(skip: int, policy: ShardingPolicy) -> str:
     """One rank leaves a forward between two layers, and goes on with the next step."""
     group = dist.new_group(timeout=timedelta(seconds=TIMEOUT))
-    _, wrapped = _pair(group=group)
+    _, wrapped = _pair(policy, group=group)
     own = _data()[1]
     optimizer = sgd(wrapped.parameters())
     before = [p._local_tensor.clone() for p in wrapped.parameters()]  # type: ignore[attr-defined]
@@ -287,6 +287,11 @@ def _caught_outside(skip: int) -> str:
 
 @cpu_only
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_a_rank_that_leaves_a_step_between_layers_is_an_error_everywhere(world_size: int) -> None:
-    for message in run_ranks(world_size, _caught_outside, 0):
+@pytest.mark.parametrize(
+    "policy", [ROTATE, ShardingPolicy(rules={"*": Gather()})], ids=["rotated", "gathered"]
+)
+def test_a_rank_that_leaves_a_step_between_layers_is_an_error_everywhere(
+    world_size: int, policy: ShardingPolicy
+) -> None:
+    for message in run_ranks(world_size, _caught_outside, 0, policy):
         assert message, "a rank went on as if all were well"

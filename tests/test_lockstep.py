@@ -30,7 +30,7 @@ from rtp_wrap import (
     ShardingPolicy,
     wrapper,
 )
-from rtp_wrap.lockstep import HISTORY, Lockstep
+from rtp_wrap.lockstep import HISTORY, Lockstep, _difference
 from rtp_wrap.mesh import mesh_of
 from rtp_wrap.rings import Rings
 from tests.parity import compare_gradients
@@ -398,3 +398,10 @@ def test_a_program_may_end_behind_a_meeting(tmp_path: Path, meeting: str) -> Non
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_of_many_ranks_those_that_did_the_same_are_told_together() -> None:
+    accounts: list[Any] = [("a step", 2, ["a", "b"]) for _ in range(16)]
+    accounts[3] = ("a step", 2, ["a", "c"])
+    assert _difference(accounts) == "rank 0 and 14 others: b, rank 3: c"
+    assert _difference(accounts[2:4]) == "rank 0: b, rank 1: c"

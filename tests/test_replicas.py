@@ -439,6 +439,21 @@ def test_rings_that_go_back_through_other_layers_hear_of_it(policy: dict[str, An
         )
 
 
+def _check_other_meshes() -> None:
+    """The second ring wraps by itself, which the first one waits for in vain."""
+    mesh = _impatient(1 if DEVICE_TYPE == "cpu" else 10)
+    if mesh.get_local_rank("replicate") == 1:
+        RotatedTensorParallel(_mlp(), mesh=mesh["rotate"])
+        return
+    with pytest.raises(RuntimeError, match=r"2 x 2 ranks \[\[0, 1\], \[2, 3\]\] waited in vain"):
+        RotatedTensorParallel(_mlp(), mesh=mesh)
+
+
+@two_of_two
+def test_a_ring_that_wraps_alone_is_an_error_of_the_others() -> None:
+    run_ranks(4, _check_other_meshes, timeout=60)
+
+
 def _check_slices() -> None:
     """Two models at a time, each on a 2-D slice of a 3-D mesh: groups of their own."""
     whole = init_device_mesh(DEVICE_TYPE, (2, 2, 1), mesh_dim_names=("pipeline", *NAMES))

@@ -117,7 +117,7 @@ class Frame:
         if self._hooks is not None:
             self._hooks.__exit__()
         if self._outermost:
-            ring.end_forward()
+            ring.end_forward(raised=kind is not None)
         if self._memo:
             copies: list[Gathered | _Cast] = [*self._gathered, *self._casts]
             # What autograd saved refers to the list, which must not keep whole weights alive.
