@@ -64,14 +64,23 @@ class Rings:
         """Put the values of the rank in place 0 into those of all."""
         if self.across is not None and self.own.rank() == 0:
             dist.broadcast(values, dist.get_global_rank(self.across, 0), group=self.across)
+        self._broadcast_in_ring(values)
+
+    def _broadcast_in_ring(self, values: torch.Tensor) -> None:
         if self.length > 1:
             dist.broadcast(values, dist.get_global_rank(self.own, 0), group=self.own)
 
     def average(self, values: torch.Tensor) -> None:
-        """Put the mean of all ranks' values in their place, summed in their dtype."""
+        """Put the mean of all ranks' values in their place, to the bit the same on all of them.
+
+        It is summed in their dtype.
+        """
         _average(values, self.own)
         if self.across is not None:
-            _average(values, self.across)
+            # Not by each rank of a ring: their groups may add up in another order.
+            if self.own.rank() == 0:
+                _average(values, self.across)
+            self._broadcast_in_ring(values)
 
 
 def _average(values: torch.Tensor, group: dist.ProcessGroup) -> None:
