@@ -18,6 +18,8 @@ _dead: list[Any] = []
 class _Mourned:
     """A group; it outlives this object until it is buried."""
 
+    _group: Any = None
+
     def __init__(self, *arguments: Any) -> None:
         self._group = _Gloo(*arguments)
 
@@ -25,7 +27,8 @@ class _Mourned:
         return getattr(self._group, name)
 
     def __del__(self) -> None:
-        _dead.append(self._group)
+        if self._group is not None:
+            _dead.append(self._group)
 
 
 def arrange() -> None:
