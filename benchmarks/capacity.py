@@ -30,7 +30,7 @@ from harness import chart, models, options, progress, report
 from harness.bisection import Bisection
 from harness.crew import Crew
 from harness.peak import CAVEAT, GIB, Peak, billions, measure
-from harness.strategies import STRATEGIES
+from harness.strategies import STRATEGIES, rings_of
 from harness.trial import Trial
 
 SIZES = ("gpt2-medium", "gpt2-large", "gpt2-xl", "neo-2.7b")
@@ -259,9 +259,9 @@ def _arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     strategies = [name for name in STRATEGIES if name != "single"]
-    rings = [name for name in strategies if not name.endswith("-hybrid")]
+    default = [name for name in strategies if rings_of(name) == 1]
     add("--part", choices=("sizes", "largest", "both"), default="both")
-    add("--strategies", nargs="+", choices=strategies, default=rings, metavar="STRATEGY")
+    add("--strategies", nargs="+", choices=strategies, default=default, metavar="STRATEGY")
     add("--models", nargs="+", choices=models.NAMES, default=SIZES, metavar="MODEL")
     add(
         "--width", choices=models.NAMES, default="7b", metavar="MODEL", help="whose layers to stack"

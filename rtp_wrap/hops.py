@@ -17,9 +17,7 @@ import torch
 import torch.distributed as dist
 
 from rtp_wrap.ring import Ring
-
-#: Tags are positive 31-bit numbers in Gloo; a few low bits tell the hops of a rotation apart.
-_TAG_MASK = 0x3FFFFFFF
+from rtp_wrap.transport.p2p import TAG_MASK
 
 
 def backward_slots(
@@ -90,7 +88,8 @@ class Rotation:
     def _post(self, hops: Sequence[Hop]) -> None:
         if hops:
             self._hops += 1
-            tag = (self._ring.lockstep.digest + 2 * self._hops) & _TAG_MASK
+            # Two numbers apart: each lane of a hop counts on by one.
+            tag = (self._ring.lockstep.digest + 2 * self._hops) & TAG_MASK
             self._pending = self._ring.transport.post([hop.depart() for hop in hops], tag)
 
     def _wait(self) -> None:

@@ -3,8 +3,8 @@
 Every rank keeps a digest of what it ran. Ranks compare digests on the host when it is cheap and
 before it matters: at wrapping, before gradients of replicated parameters are averaged, before an
 optimizer writes weights, at the end of a forward without gradients, and after an exception inside a
-rotation. Without it, a rank that left a step early (a caught exception, another branch) could pair
-its hops with those of other layers: the wrong tiles, and no error.
+rotation, or one that left a forward. Without it, a rank that left a step early (a caught exception,
+another branch) could pair its hops with those of other layers: the wrong tiles, and no error.
 """
 
 from __future__ import annotations

@@ -63,6 +63,7 @@ def plan(
     """What ``RotatedTensorParallel(model, ...)`` will do on ``world_size`` ranks.
 
     Or, with a 2-D mesh, in each of ``replicas`` rings of so many.
+
     Needs no process group, and no memory for the model: build it on the meta device.
     ``example_inputs`` is a tensor, a tuple of arguments or a dictionary of keyword arguments of one
     rank's forward (their values do not matter, meta tensors do); with it the model's code runs once
@@ -103,6 +104,7 @@ def plan_of(
     replicas: int,
 ) -> Plan:
     """The plan of parameters that have their strategies, without what a trace would tell.
+
     It has the first of ``transports`` whose staging holds one kernel of every rotated weight; if
     none does, ``ValueError``.
     """

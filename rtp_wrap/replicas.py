@@ -14,10 +14,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from rtp_wrap.rings import put_mean
 from rtp_wrap.streams import current_stream
-
-#: Tags are positive 31-bit numbers in Gloo.
-_TAG_MASK = 0x7FFFFFFF
+from rtp_wrap.transport.p2p import TAG_MASK
 
 
 class Replicas:
@@ -51,7 +50,7 @@ class Replicas:
         if self._stream is None:
             if ready is not None:
                 ready.wait(current_stream(self._device))
-            self._put_mean(gradient, mean, tag)
+            self._reduce(gradient, mean, tag)
             return mean, None
         if ready is None:
             self._stream.wait_stream(current_stream(self._device))
@@ -61,39 +60,29 @@ class Replicas:
         gradient.record_stream(self._stream)
         mean.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
-            self._put_mean(gradient, mean, tag)
+            self._reduce(gradient, mean, tag)
             return mean, self._stream.record_event()
 
-    def _put_mean(self, gradient: torch.Tensor, mean: torch.Tensor, tag: int) -> None:
-        size = self._group.size()
-        if gradient.itemsize < 4:  # a sum could overflow
-            gradient.div_(size)
-        if gradient.is_cuda:
-            dist.all_reduce(gradient, group=self._group)
-        else:
-            self._exchange(gradient, tag & _TAG_MASK)
-        if gradient.itemsize >= 4:
-            gradient.div_(size)
+    def _reduce(self, gradient: torch.Tensor, mean: torch.Tensor, tag: int) -> None:
+        put_mean(gradient, self._group.size(), lambda: self._put_sum(gradient, tag))
         if mean is not gradient:
             mean.copy_(gradient)
 
-    def _exchange(self, gradient: torch.Tensor, tag: int) -> None:
-        """The sum of all replicas' in the place of this rank's, to the bit the same on all."""
-        own = self._group.rank()
-        parts = [gradient if rank == own else torch.empty_like(gradient) for rank in self._ranks]
+    def _put_sum(self, gradient: torch.Tensor, tag: int) -> None:
+        """To the bit the same on all: on CPUs each rank adds up in the order of ranks."""
+        if gradient.is_cuda:
+            dist.all_reduce(gradient, group=self._group)
+            return
+        parts = [torch.empty_like(gradient) for _ in range(self._group.size())]
+        parts[self._group.rank()] = gradient.clone()
         operations = []
-        for rank in self._ranks:
-            if rank != own:
+        for rank, part in enumerate(parts):
+            if rank != self._group.rank():
                 peer = dist.get_global_rank(self._group, rank)
-                for move, values in ((dist.isend, gradient), (dist.irecv, parts[rank])):
-                    operations.append(dist.P2POp(move, values, peer, self._group, tag))
+                for move, values in ((dist.isend, gradient), (dist.irecv, part)):
+                    operations.append(dist.P2POp(move, values, peer, self._group, tag & TAG_MASK))
         for work in dist.batch_isend_irecv(operations):
             work.wait()
-        total = parts[0] + parts[1]
-        for part in parts[2:]:
-            total += part
-        gradient.copy_(total)
-
-    @property
-    def _ranks(self) -> range:
-        return range(self._group.size())
+        gradient.zero_()
+        for part in parts:
+            gradient += part

@@ -127,10 +127,11 @@ class Ring:
     def begin(self, event: str) -> None:
         """Every communicating operation starts here, with a line of its own for the lockstep.
 
-        After an exception inside a rotation the ranks first make sure that all of them had it.
+        After an exception inside a rotation, or one that left a forward, the ranks first make sure
+        that all of them had it.
         """
         if self._interrupted:
-            self.lockstep.verify("the first communication after an exception inside a rotation")
+            self.lockstep.verify("the first communication after an exception")
             self._interrupted = False
         self.lockstep.record(event, 0 if self.peers is None else self.peers.barriers)
         self.regathered = None

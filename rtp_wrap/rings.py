@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -84,11 +85,18 @@ class Rings:
 
 
 def _average(values: torch.Tensor, group: dist.ProcessGroup) -> None:
-    size = group.size()
-    if size == 1:
-        return
-    if values.itemsize < 4:  # a sum could overflow
-        dist.all_reduce(values.div_(size), group=group)
-    else:
-        dist.all_reduce(values, group=group)
-        values.div_(size)
+    if group.size() > 1:
+        put_mean(values, group.size(), lambda: dist.all_reduce(values, group=group))
+
+
+def put_mean(values: torch.Tensor, ranks: int, put_sum: Callable[[], object]) -> None:
+    """Put the mean of the ``values`` of so many ranks in their place.
+
+    ``put_sum`` puts the sum there.
+    """
+    divides_first = values.itemsize < 4  # as a sum of 16 bits could overflow
+    if divides_first:
+        values.div_(ranks)
+    put_sum()
+    if not divides_first:
+        values.div_(ranks)

@@ -10,10 +10,13 @@ from typing import Any, TypeVar, cast
 from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from rtp_wrap.lockstep import Lockstep
 from rtp_wrap.ring import Ring
 from rtp_wrap.transport.choice import VARIABLE
+from tests.ranks import DEVICE_TYPE
 
 dims = pytest.mark.parametrize("dim", [0, 1])
 modes = pytest.mark.parametrize("inplace", [False, True], ids=["overlap", "inplace"])
@@ -21,6 +24,12 @@ modes = pytest.mark.parametrize("inplace", [False, True], ids=["overlap", "inpla
 #: The least staging: slots of 256 bytes, 32 numbers in fp64, in a backward; of twice that where no
 #: weights travel (embeddings).
 TINY = 1024
+
+
+def mesh_of_rings(rings: int) -> DeviceMesh:
+    """All ranks, in so many rings that replicate each other."""
+    shape = rings, dist.get_world_size() // rings
+    return init_device_mesh(DEVICE_TYPE, shape, mesh_dim_names=("replicate", "rotate"))
 
 
 Rank = TypeVar("Rank", bound=Callable[..., Any])

@@ -410,25 +410,22 @@ def _tokens(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(4, 6, generator=generator), experts.remainder(5)
 
 
-def _check_handed_out(wrapped: Any, fqn: str) -> None:
-    """What a forward reads is a tensor of its own, whatever it does to it beside its values."""
-    home = wrapped.get_parameter(fqn)._local_tensor
-    seen = []
-    wrapped.register_forward_hook(lambda module, *_: seen.append(module.up))
-    arguments = [each.to(device()) for each in _tokens(0, 0)]
-    for mode in (torch.enable_grad(), torch.no_grad()):
-        with mode:
-            wrapped(*arguments)
-    for whole in seen:
-        assert whole is not home
-        assert whole.untyped_storage().data_ptr() == home.untyped_storage().data_ptr()
-
-
 def _check_alone() -> None:
+    """What a forward reads is a tensor of its own, whatever it does to it beside its values."""
+    arguments = [each.to(device()) for each in _tokens(0, 0)]
     for trained in (True, False):
-        experts = Experts().to(device())
+        experts: Any = Experts().to(device())
         experts.up.requires_grad_(trained)
-        _check_handed_out(RotatedTensorParallel(experts, policy=GATHERED).module, "up")
+        experts = RotatedTensorParallel(experts, policy=GATHERED).module
+        home, seen = experts._parameters["up"]._local_tensor, []
+        experts.register_forward_hook(lambda module, *_, seen=seen: seen.append(module.up))
+        for mode in (torch.enable_grad(), torch.no_grad()):
+            with mode:
+                experts(*arguments)
+        assert len(seen) == 2
+        for whole in seen:
+            assert whole is not home
+            assert whole.untyped_storage().data_ptr() == home.untyped_storage().data_ptr()
 
 
 def test_one_rank_reads_its_home_shard_by_another_tensor() -> None:

@@ -16,11 +16,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 
 from rtp_wrap import RotatedTensorParallel, ShardingPolicy
 from tests.parity import mean_square
 from tests.ranks import DEVICE_TYPE, WORLD_SIZES, device, multi_world_sizes, run_ranks
+from tests.rotated import mesh_of_rings
 
 pytestmark = pytest.mark.skipif(DEVICE_TYPE != "cuda", reason="graphs are CUDA's")
 
@@ -105,10 +105,7 @@ def _check(
     """What ``program`` yields with and without graphs, and the weights it ends with."""
     policy = ShardingPolicy(replicate_below=2 * width, transport="peer", staging_bytes=STAGING)
     original = _model(layers, width)
-    mesh = None
-    if rings is not None:
-        shape = rings, dist.get_world_size() // rings
-        mesh = init_device_mesh(DEVICE_TYPE, shape, mesh_dim_names=("replicate", "rotate"))
+    mesh = None if rings is None else mesh_of_rings(rings)
     results = []
     for graphs in (False, True):
         model = RotatedTensorParallel(deepcopy(original), mesh=mesh, policy=policy, inplace=inplace)

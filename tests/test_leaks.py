@@ -13,13 +13,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from rtp_wrap import RotatedTensorParallel, ShardingPolicy
 from tests.data import own_batch, whole_batch
 from tests.parity import compare_gradients, compare_weights, mean_square, sgd
 from tests.ranks import DEVICE_TYPE, WORLD_SIZES, device, multi_world_sizes, run_ranks
 from tests.ranks.burial import bury
+from tests.rotated import mesh_of_rings
 
 POLICY = ShardingPolicy(replicate_below=0, transport="peer")
 MIB = 2**20
@@ -102,9 +103,7 @@ def _settled() -> dict[str, int]:
 
 def _come_and_go(rings: int) -> None:
     ranks = dist.get_world_size() // rings
-    mesh, names = None, ("replicate", "rotate")
-    if rings > 1:
-        mesh = init_device_mesh(DEVICE_TYPE, (rings, ranks), mesh_dim_names=names)
+    mesh = mesh_of_rings(rings) if rings > 1 else None
     _train(_wrapped(mesh), steps=1)  # what torch itself takes at first, and earlier tests have left
     before = _settled()
     for _ in range(3):

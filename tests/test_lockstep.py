@@ -45,8 +45,12 @@ def _group() -> dist.ProcessGroup:
     return group
 
 
+def _lockstep(group: dist.ProcessGroup) -> Lockstep:
+    return Lockstep(Rings(mesh_of(group, None)))
+
+
 def _in_step() -> None:
-    lockstep = Lockstep(Rings(mesh_of(_group(), None)))
+    lockstep = _lockstep(_group())
     digests = {lockstep.digest}
     for event in ("a", "b", "ab", "b"):
         lockstep.record(event)
@@ -63,7 +67,7 @@ def test_ranks_in_step_go_on(world_size: int) -> None:
 def _message(events: dict[int, list[str]], occasions: dict[int, str]) -> str:
     """What `verify` says if this rank (or -1: any other) had these events."""
     rank = dist.get_rank()
-    lockstep = Lockstep(Rings(mesh_of(_group(), None)))
+    lockstep = _lockstep(_group())
     for event in events.get(rank, events[-1]):
         lockstep.record(event)
     try:
@@ -102,7 +106,7 @@ def test_the_first_difference_is_named_with_the_ranks(
 
 def _late() -> None:
     group = dist.new_group(timeout=timedelta(seconds=1))
-    lockstep = Lockstep(Rings(mesh_of(group, None)))
+    lockstep = _lockstep(group)
     lockstep.record("layers.0 forward")
     if dist.get_rank() == 0:
         with pytest.raises(
@@ -119,7 +123,7 @@ def test_a_rank_that_does_not_come_is_an_error_after_the_groups_timeout(world_si
 
 
 def _default_device() -> None:
-    lockstep = Lockstep(Rings(mesh_of(_group(), None)))
+    lockstep = _lockstep(_group())
     with torch.device("meta"):
         lockstep.verify("a test")
 

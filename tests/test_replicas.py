@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
 from datetime import timedelta
@@ -50,7 +51,7 @@ from tests.parity import (
     sgd,
 )
 from tests.ranks import DEVICE_TYPE, WORLD_SIZES, device, run_ranks
-from tests.rotated import COMPILERS_WARNINGS
+from tests.rotated import COMPILERS_WARNINGS, mesh_of_rings
 
 pytestmark = COMPILERS_WARNINGS
 
@@ -62,11 +63,6 @@ shapes = pytest.mark.parametrize(
 )
 two_of_two = pytest.mark.skipif(4 not in WORLD_SIZES, reason="needs four ranks")
 transports = pytest.mark.parametrize("transport", ["peer", "ring"])
-
-
-def _mesh(rings: int) -> DeviceMesh:
-    shape = rings, dist.get_world_size() // rings
-    return init_device_mesh(DEVICE_TYPE, shape, mesh_dim_names=NAMES)
 
 
 class Net(nn.Module):
@@ -104,7 +100,7 @@ def _policy(transport: str) -> ShardingPolicy:
 
 
 def _check_parity(rings: int, transport: str, inplace: bool) -> None:
-    mesh = _mesh(rings)
+    mesh = mesh_of_rings(rings)
     policy = _policy(transport)
     wrapped = check_parity(Net, _ids, mesh=mesh, policy=policy, inplace=inplace)
     assert wrapped.plan.world_size == mesh.size(1)
@@ -131,7 +127,7 @@ def _check_a_users_step(rings: int) -> None:
     """Accumulation over two backwards, clipping, AdamW, and gradients asked for by name."""
     torch.manual_seed(0)
     dense = Net().to(device(), torch.float64)
-    wrapped = RotatedTensorParallel(deepcopy(dense), mesh=_mesh(rings), policy=POLICY)
+    wrapped = RotatedTensorParallel(deepcopy(dense), mesh=mesh_of_rings(rings), policy=POLICY)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (dense, wrapped)]
     for step in range(2):
@@ -167,13 +163,29 @@ def _mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).to(device())
 
 
-def _x(step: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+def _x(step: int, rank: int | None = None) -> torch.Tensor:
+    """A rank's batch; by default this one's."""
+    rank = dist.get_rank() if rank is None else rank
+    generator = torch.Generator().manual_seed(10 * step + rank)
     return torch.randn(4, 6, generator=generator).to(device())
 
 
+def _backward_of(ranks: Sequence[int], model: nn.Module, like: torch.dtype) -> None:
+    """Of a dense model's mean loss on their batches, rounded to a dtype."""
+    dtype = next(model.parameters()).dtype
+    for rank in ranks:
+        x = _x(0, rank).to(like).to(dtype)
+        (mean_square(model(x)) / len(ranks)).backward()
+
+
+def _of_all_ranks(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def _check_against_fsdp2(rings: int) -> None:
-    mesh, theirs = _mesh(rings), _mlp()
+    mesh, theirs = mesh_of_rings(rings), _mlp()
     for layer in (theirs[0], theirs[2], theirs):
         fully_shard(layer, mesh=mesh)
     ours = RotatedTensorParallel(_mlp(), mesh=mesh, policy=ShardingPolicy(replicate_below=0))
@@ -212,13 +224,9 @@ def _check_precision(rings: int, reduce: torch.dtype | None) -> None:
     exact = deepcopy(dense).double()
     policy = ShardingPolicy(replicate_below=0)
     wrapped = RotatedTensorParallel(
-        dense, mesh=_mesh(rings), policy=policy, mixed_precision=precision
+        dense, mesh=mesh_of_rings(rings), policy=policy, mixed_precision=precision
     )
-    world_size = dist.get_world_size()
-    for rank in range(world_size):
-        generator = torch.Generator().manual_seed(rank)
-        x = torch.randn(4, 6, generator=generator).to(device(), torch.bfloat16).double()
-        (mean_square(exact(x)) / world_size).backward()
+    _backward_of(range(dist.get_world_size()), exact, torch.bfloat16)
     with mock.patch.object(Replicas, "average", noting):
         mean_square(wrapped(_x(0).to(torch.bfloat16))).backward()
     assert set(dtypes) == ({reduce or torch.bfloat16} if rings > 1 else set())
@@ -244,18 +252,15 @@ def _check_meta(rings: int) -> None:
         model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
     torch.manual_seed(dist.get_rank())
     state = torch.get_rng_state()
-    wrapped = RotatedTensorParallel(model, mesh=_mesh(rings))
+    wrapped = RotatedTensorParallel(model, mesh=mesh_of_rings(rings))
     torch.set_rng_state(state)
     with torch.device(device()):
         own = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
-    weights = [each.detach().cpu() for each in own.parameters()]
-    firsts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(firsts, weights)
-    for whole, expected in zip(fulls(wrapped.parameters()), firsts[0], strict=True):
+    first, *_ = _of_all_ranks([each.detach().cpu() for each in own.parameters()])
+    for whole, expected in zip(fulls(wrapped.parameters()), first, strict=True):
         if DEVICE_TYPE == "cpu":  # elsewhere the device's generator draws
             torch.testing.assert_close(whole, expected, rtol=0, atol=0)
-        everyones: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyones, whole.detach().cpu())
+        everyones = _of_all_ranks(whole.detach().cpu())
         assert all(torch.equal(each, everyones[0]) for each in everyones)
 
 
@@ -266,7 +271,7 @@ def test_values_are_those_of_the_meshs_first_rank(world_size: int, rings: int) -
 
 def _check_plan(rings: int) -> None:
     """What is sent between rings is as planned, and a plan for others is refused."""
-    mesh, sent = _mesh(rings), []
+    mesh, sent = mesh_of_rings(rings), []
     options: dict[str, Any] = {"world_size": mesh.size(1), "policy": _policy("ring")}
     planned = rtp_wrap.plan(Net(), replicas=rings, **options)
     assert rtp_wrap.Plan.from_json(planned.to_json()) == planned
@@ -303,13 +308,12 @@ def test_a_plan_counts_what_rings_send_each_other(world_size: int, rings: int) -
 def _check_statistics(rings: int) -> None:
     """A batch norm begins every forward with the statistics of rank 0, of whatever ring."""
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)).to(device())
-    wrapped = RotatedTensorParallel(model, mesh=_mesh(rings))
+    wrapped = RotatedTensorParallel(model, mesh=mesh_of_rings(rings))
     for step in range(3):
         wrapped(_x(step))
     wrapped.eval()
     wrapped(_x(0))
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, model[1].running_mean.cpu())
+    everyones = _of_all_ranks(model[1].running_mean.cpu())
     assert all(torch.equal(each, everyones[0]) for each in everyones)
 
 
@@ -318,19 +322,18 @@ def test_running_statistics_are_rank_0s(world_size: int, rings: int) -> None:
     run_ranks(world_size, _check_statistics, rings)
 
 
-def _train(wrapped: nn.Module, steps: range) -> torch.optim.Optimizer:
+def _train(wrapped: nn.Module, steps: range) -> None:
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
     for step in steps:
         optimizer.zero_grad()
         mean_square(wrapped(_x(step))).backward()
         optimizer.step()
-    return optimizer
 
 
 def _check_resharding(path: str) -> None:
     """Saved by two rings of two; loaded by one of four, and the other way round."""
     policy = ShardingPolicy(replicate_below=0)
-    meshes = {"2-D": _mesh(2), "1-D": init_device_mesh(DEVICE_TYPE, (4,))}
+    meshes = {"2-D": mesh_of_rings(2), "1-D": init_device_mesh(DEVICE_TYPE, (4,))}
     for saved, loaded in (("2-D", "1-D"), ("1-D", "2-D")):
         model = RotatedTensorParallel(_mlp(), mesh=meshes[saved], policy=policy)
         _train(model, range(2))
@@ -361,12 +364,8 @@ def _check_compiled(rings: int) -> None:
 
     dense, mine = build(), build()
     mine[0].compile(fullgraph=True, backend="aot_eager")
-    wrapped = RotatedTensorParallel(mine, mesh=_mesh(rings))
-    world_size = dist.get_world_size()
-    for rank in range(world_size):
-        generator = torch.Generator().manual_seed(rank)
-        x = torch.randn(4, 6, generator=generator).to(device())
-        (mean_square(dense(x)) / world_size).backward()
+    wrapped = RotatedTensorParallel(mine, mesh=mesh_of_rings(rings))
+    _backward_of(range(dist.get_world_size()), dense, torch.float32)
     mean_square(wrapped(_x(0))).backward()
     # fp32, and the compiler's own kernels: some units in the last place.
     compare_gradients(dense, wrapped, {"rtol": 1e-4, "atol": 1e-6})
@@ -468,10 +467,7 @@ def _check_slices() -> None:
     stage = whole.get_local_rank("pipeline")
     dense = _mlp().double()
     wrapped = RotatedTensorParallel(deepcopy(dense), mesh=mesh)
-    for replica in range(2):
-        rank = 2 * stage + replica
-        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(rank)).to(device()).double()
-        (mean_square(dense(x)) / 2).backward()
+    _backward_of([2 * stage, 2 * stage + 1], dense, torch.float64)
     mean_square(wrapped(_x(0).double())).backward()
     compare_gradients(dense, wrapped)
 
@@ -494,7 +490,7 @@ def _transport() -> str:
         mock.patch.dict(os.environ, {choice.VARIABLE: "peer"}),
     ):
         policy = ShardingPolicy(replicate_below=0)
-        wrapped = RotatedTensorParallel(_mlp(), mesh=_mesh(2), policy=policy)
+        wrapped = RotatedTensorParallel(_mlp(), mesh=mesh_of_rings(2), policy=policy)
     mean_square(wrapped(_x(0))).backward()
     return wrapped.transport
 

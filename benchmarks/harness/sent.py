@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 import llama
-from harness.strategies import RINGS, STRATEGIES, rtp_options
+from harness.strategies import STRATEGIES, rings_of, rtp_options
 from harness.trial import Trial
 from rtp_wrap import Rotate, plan
 
@@ -55,7 +55,7 @@ def per_step(trial: Trial, ranks: int) -> int:
 
 def _fsdp2(trial: Trial, model: nn.Module, ranks: int) -> int:
     weight, gradient = trial.setting.compute_dtype.itemsize, trial.setting.dtype.itemsize
-    rings = RINGS if trial.strategy == "fsdp-hybrid" else 1
+    rings = rings_of(trial.strategy)
     ranks //= rings
     sent = 0
     for name, parameter in model.named_parameters():
@@ -83,7 +83,7 @@ def _tensor_parallel(trial: Trial, ranks: int) -> int:
 
 def _rtp(trial: Trial, model: nn.Module, ranks: int) -> int:
     inplace = trial.strategy == "rtp-inplace"
-    rings = RINGS if trial.strategy == "rtp-hybrid" else 1
+    rings = rings_of(trial.strategy)
     ranks //= rings
     options = rtp_options(trial.setting, "ring" if trial.strategy == "rtp-ring" else "auto")
     planned = plan(model, world_size=ranks, replicas=rings, inplace=inplace, **options)

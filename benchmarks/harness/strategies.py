@@ -127,7 +127,7 @@ def _ddp(model: nn.Module, setting: Setting, device: torch.device) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def _rings(device: torch.device, rings: int) -> DeviceMesh:
+def _mesh(device: torch.device, rings: int = 1) -> DeviceMesh:
     """All ranks, in so many rings; 2-D if they are several."""
     world_size = dist.get_world_size()
     if rings == 1:
@@ -147,7 +147,7 @@ def _fsdp2(
 ) -> nn.Module:
     # What the root returns is a view of the head's product, which nobody writes to.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    mesh = _rings(device, rings)
+    mesh = _mesh(device, rings)
     policy = FSDP2MixedPrecisionPolicy()
     if setting.mixed:
         policy = FSDP2MixedPrecisionPolicy(torch.bfloat16, torch.float32)
@@ -165,8 +165,7 @@ def _fsdp2(
 
 
 def _tensor_parallel(model: nn.Module, setting: Setting, device: torch.device) -> nn.Module:
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    parallelize(model, mesh, functools.partial(materialise, device=device))
+    parallelize(model, _mesh(device), functools.partial(materialise, device=device))
     return model
 
 
@@ -182,7 +181,7 @@ def _rtp(
     return RotatedTensorParallel(
         model,
         inplace=inplace,
-        mesh=None if rings == 1 else _rings(device, rings),
+        mesh=_mesh(device, rings),
         param_init_fn=lambda module: initialise(module, names[module]),
         **rtp_options(setting, transport),
     )
@@ -212,3 +211,8 @@ _ALL = (
     Strategy("rtp-hybrid", "rtp_wrap, two rings", functools.partial(_rtp, rings=RINGS)),
 )
 STRATEGIES = {strategy.name: strategy for strategy in _ALL}
+
+
+def rings_of(strategy: str) -> int:
+    """How many rings the strategy of this name makes of all ranks."""
+    return RINGS if strategy.endswith("-hybrid") else 1

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
+#: Of a tag that others are counted on from: Gloo's are positive 31-bit numbers.
+TAG_MASK = 0x3FFFFFFF
+
 
 class PointToPoint:
     """Moves buffers one rank down the ring: to rank - 1, from rank + 1."""
