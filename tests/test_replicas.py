@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -35,6 +36,7 @@ from rtp_wrap import (
     MixedPrecisionPolicy,
     OutOfStepError,
     Replicate,
+    Rotate,
     RotatedTensorParallel,
     ShardingPolicy,
 )
@@ -364,7 +366,8 @@ def _check_compiled(rings: int) -> None:
 
     dense, mine = build(), build()
     mine[0].compile(fullgraph=True, backend="aot_eager")
-    wrapped = RotatedTensorParallel(mine, mesh=mesh_of_rings(rings))
+    policy = {"0.0": Replicate(), "*.bias": Replicate(), "*": Rotate()}
+    wrapped = RotatedTensorParallel(mine, mesh=mesh_of_rings(rings), policy=policy)
     _backward_of(range(dist.get_world_size()), dense, torch.float32)
     mean_square(wrapped(_x(0))).backward()
     # fp32, and the compiler's own kernels: some units in the last place.
@@ -465,7 +468,9 @@ def _check_slices() -> None:
         RotatedTensorParallel(_mlp(), mesh=whole)
     mesh = whole["replicate", "rotate"]
     stage = whole.get_local_rank("pipeline")
-    dense = _mlp().double()
+    dense = nn.Sequential(*_mlp(), *[nn.Linear(4, 4, device=device())] * stage).double()
+    if dist.get_rank() in (0, 3):  # the others, one of each stage, come first, and must not meet
+        time.sleep(0.2)
     wrapped = RotatedTensorParallel(deepcopy(dense), mesh=mesh)
     _backward_of([2 * stage, 2 * stage + 1], dense, torch.float64)
     mean_square(wrapped(_x(0).double())).backward()

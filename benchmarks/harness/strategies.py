@@ -181,7 +181,7 @@ def _rtp(
     return RotatedTensorParallel(
         model,
         inplace=inplace,
-        mesh=_mesh(device, rings),
+        mesh=None if rings == 1 else _mesh(device, rings),  # as a user has it
         param_init_fn=lambda module: initialise(module, names[module]),
         **rtp_options(setting, transport),
     )
